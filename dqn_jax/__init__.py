@@ -1,0 +1,57 @@
+"""Value-based deep reinforcement learning: one pure core, a host driver and a compiled one. See README.md, then types.py."""
+
+from dqn_jax.agent import assemble
+from dqn_jax.algorithms.dqn import DQNState
+from dqn_jax.checkpoint import CheckpointError, digest
+from dqn_jax.envs import from_func_env, from_gymnax, make, true_successors
+from dqn_jax.online import OnlineAgent
+from dqn_jax.presets import DQN, PRESETS, DQNOptions, dqn
+from dqn_jax.training import Result, Training, evaluate, train
+from dqn_jax.types import (
+    Agent,
+    AgentState,
+    Algorithm,
+    Batch,
+    Cadence,
+    Decision,
+    Env,
+    Feedback,
+    Masked,
+    Memory,
+    RunState,
+    Step,
+    Transition,
+)
+
+__all__ = [
+    "Transition",
+    "Masked",
+    "Decision",
+    "Step",
+    "Batch",
+    "Feedback",
+    "Algorithm",
+    "Memory",
+    "Env",
+    "Cadence",
+    "Agent",
+    "AgentState",
+    "RunState",
+    "DQNState",
+    "assemble",
+    "make",
+    "from_func_env",
+    "from_gymnax",
+    "true_successors",
+    "Training",
+    "Result",
+    "train",
+    "evaluate",
+    "OnlineAgent",
+    "DQNOptions",
+    "PRESETS",
+    "dqn",
+    "DQN",
+    "CheckpointError",
+    "digest",
+]

@@ -1,0 +1,172 @@
+"""Saving and restoring any state, exactly, in one file that cannot run code.
+
+The format is safetensors: a JSON header and raw arrays. The header carries the shape and dtype of every leaf, a SHA-256 over all of
+them, and a dict of the caller's. A file appears under its name only when it is whole. The structure comes from the caller's template,
+never from the file.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+FORMAT = "dqn_jax checkpoint 1"
+
+
+class CheckpointError(ValueError):
+    """The file is not a checkpoint, is damaged, or does not fit the state that it should restore."""
+
+
+def save(path: str | os.PathLike, tree: chex.ArrayTree, info: dict[str, Any] | None = None) -> None:
+    """Writes every leaf of ``tree`` to ``path``, atomically: a reader finds the old file or the new one, never a part.
+
+    Args:
+      path: the file; missing folders are made.
+      tree: any pytree of arrays, typed keys included. It is copied to the host; it stays usable.
+      info: a dict of JSON values to keep beside it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    leaves = _host_leaves(tree)
+    header = {
+        "format": FORMAT,
+        "sha256": _digest(leaves),
+        "leaves": json.dumps({name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in leaves.items()}),
+        "info": json.dumps(info or {}),
+    }
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
+    os.close(handle)
+    try:
+        save_file({name: _storable(leaf) for name, leaf in leaves.items()}, partial, metadata=header)
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
+
+
+def load(path: str | os.PathLike, template: chex.ArrayTree) -> tuple[Any, dict[str, Any]]:
+    """Reads the state saved at ``path``.
+
+    Args:
+      path: a file that ``save`` wrote.
+      template: a pytree of arrays or shapes with the structure, shapes and dtypes that the state must have.
+
+    Returns:
+      The state, on the default device, and the dict saved beside it.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      CheckpointError: if it is not a checkpoint, does not fit the template (every difference is listed), or is damaged.
+    """
+    header = _header(path)
+    saved = {name: (tuple(shape), dtype) for name, (shape, dtype) in json.loads(header["leaves"]).items()}
+    expected = {name: _shape_and_dtype(leaf) for name, leaf in _named_leaves(template).items()}
+    problems = [f"{name}: saved {saved[name]}, expected {expected[name]}" for name in expected if name in saved and saved[name] != expected[name]]
+    problems += [f"{name}: not in the file" for name in expected if name not in saved]
+    problems += [f"{name}: only in the file" for name in saved if name not in expected]
+    if problems:
+        shown = "\n  ".join(problems[:10] + ([f"and {len(problems) - 10} more"] if len(problems) > 10 else []))
+        raise CheckpointError(
+            f"{path} does not fit this agent; build the agent with the options it was saved with "
+            f"({json.loads(header['info'])}):\n  {shown}"
+        )
+    try:
+        with safe_open(path, framework="numpy") as file:
+            leaves = {name: _stored(file.get_tensor(name), expected[name][1]) for name in expected}
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged ({error}): restore an earlier checkpoint") from error
+    if _digest(leaves) != header["sha256"]:
+        raise CheckpointError(f"{path} is damaged (its checksum does not match): restore an earlier checkpoint")
+    return _rebuilt(template, leaves), json.loads(header["info"])
+
+
+def read_info(path: str | os.PathLike) -> dict[str, Any]:
+    """The dict saved beside the state at ``path``. Raises as ``load`` does."""
+    return json.loads(_header(path)["info"])
+
+
+def digest(tree: chex.ArrayTree) -> str:
+    """A SHA-256 over the names, shapes, dtypes and bytes of all leaves: equal states, and only those, have equal digests."""
+    return _digest(_host_leaves(tree))
+
+
+def _header(path: str | os.PathLike) -> dict[str, str]:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}: expected a file written by save()")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            header = file.metadata() or {}
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is not a checkpoint of dqn_jax, or is damaged ({error})") from error
+    if header.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not a checkpoint of this version: its format is {header.get('format')!r}, expected {FORMAT!r}")
+    return header
+
+
+def _named_leaves(tree: chex.ArrayTree) -> dict[str, Any]:
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _key_impl(leaf: Any) -> str:
+    """The implementation of a typed key, which may be a mere shape: only its dtype tells."""
+    return {"key<fry>": "threefry2x32", "key<rbg>": "rbg", "key<urbg>": "unsafe_rbg"}[str(leaf.dtype)]
+
+
+def _shape_and_dtype(leaf: Any) -> tuple[tuple[int, ...], str]:
+    if _is_key(leaf):
+        leaf = jax.eval_shape(jax.random.key_data, leaf)
+    return tuple(leaf.shape), str(leaf.dtype)
+
+
+def _host_leaves(tree: chex.ArrayTree) -> dict[str, np.ndarray]:
+    def to_host(leaf: Any) -> np.ndarray:
+        # ascontiguousarray gives scalars an axis, hence the reshape.
+        array = np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+        return np.ascontiguousarray(array).reshape(array.shape)
+
+    return {name: to_host(leaf) for name, leaf in _named_leaves(tree).items()}
+
+
+def _rebuilt(template: chex.ArrayTree, leaves: dict[str, np.ndarray]) -> Any:
+    def to_device(path: Any, like: Any) -> jax.Array:
+        array = jnp.array(leaves[jax.tree_util.keystr(path)])  # A copy: the device must not share the file's memory.
+        return jax.random.wrap_key_data(array, impl=_key_impl(like)) if _is_key(like) else array
+
+    return jax.tree_util.tree_map_with_path(to_device, template)
+
+
+def _storable(leaf: np.ndarray) -> np.ndarray:
+    """NumPy has no bfloat16 or float8 that safetensors knows: their bits travel as unsigned integers."""
+    return leaf if leaf.dtype.kind in "fiub" and leaf.dtype.isbuiltin == 1 else leaf.view(f"u{leaf.dtype.itemsize}")
+
+
+def _stored(leaf: np.ndarray, dtype: str) -> np.ndarray:
+    return leaf if str(leaf.dtype) == dtype else leaf.view(jnp.dtype(dtype))
+
+
+def _digest(leaves: dict[str, np.ndarray]) -> str:
+    sha = hashlib.sha256()
+    for name, leaf in leaves.items():
+        sha.update(f"{name} {leaf.shape} {leaf.dtype}\n".encode())
+        sha.update(leaf.reshape(-1).view(np.uint8).data)
+    return sha.hexdigest()

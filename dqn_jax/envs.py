@@ -1,0 +1,194 @@
+"""Environments written in JAX, as ``Env`` records: from Gymnasium's FuncEnv, from gymnax; time limit and auto-reset in one place."""
+
+import importlib
+from typing import Any, NamedTuple
+
+import chex
+import gymnasium
+import jax
+import jax.numpy as jnp
+import numpy as np
+from gymnasium.envs.functional_jax_env import FunctionalJaxEnv
+from gymnasium.experimental.functional import FuncEnv
+
+from dqn_jax.types import Env, Step
+
+
+class EnvState(NamedTuple):
+    """The environment's own state and the steps taken in this episode, int32."""
+
+    inner: Any
+    time: chex.Array
+
+
+def with_auto_reset(reset: Any, transition: Any, observation_space: Any, action_space: Any, time_limit: int | None) -> Env:
+    """An ``Env`` from a reset and a bare transition: adds the time limit, the auto-reset and the true successor.
+
+    Args:
+      reset: ``(key) -> (inner, observation)``.
+      transition: ``(key, inner, action) -> (inner, observation, reward, terminated, truncated)``.
+      observation_space, action_space: Gymnasium spaces.
+      time_limit: steps after which an episode is truncated, or None.
+    """
+    if time_limit is not None and time_limit < 1:
+        raise ValueError(f"time_limit must be at least 1 or None, got {time_limit}")
+
+    def reset_timed(key: chex.PRNGKey) -> tuple[EnvState, chex.ArrayTree]:
+        inner, observation = reset(key)
+        return EnvState(inner, jnp.zeros((), jnp.int32)), observation
+
+    def step(key: chex.PRNGKey, state: EnvState, action: chex.Array) -> tuple[EnvState, Step]:
+        key_step, key_reset = jax.random.split(key)
+        inner, successor, reward, terminated, truncated = transition(key_step, state.inner, action)
+        time = state.time + 1
+        if time_limit is not None:
+            truncated = truncated | (time >= time_limit)
+        next_state, observation = jax.tree.map(
+            lambda first, following: jnp.where(terminated | truncated, first, following),
+            reset_timed(key_reset),
+            (EnvState(inner, time), successor),
+        )
+        reward = jnp.asarray(reward, jnp.float32)
+        return next_state, Step(observation, reward, jnp.asarray(terminated, jnp.bool_), jnp.asarray(truncated, jnp.bool_), successor)
+
+    return Env(reset_timed, step, observation_space, action_space, time_limit)
+
+
+def from_func_env(func_env: FuncEnv, *, params: Any = None, time_limit: int | None = None) -> Env:
+    """An ``Env`` from a Gymnasium FuncEnv.
+
+    Args:
+      func_env: the environment's five functions.
+      params: its parameters; by default its own defaults.
+      time_limit: a FuncEnv has none of its own.
+    """
+    params = func_env.get_default_params() if params is None else params
+    # Signatures differ between environments (some drop the key, all keep the order), so everything goes by position.
+    tail = () if params is None else (params,)
+    dtype = jnp.dtype(func_env.observation_space.dtype)
+
+    def observe(inner: Any, key: chex.PRNGKey) -> chex.Array:
+        return jnp.asarray(func_env.observation(inner, key, *tail)).astype(dtype)
+
+    def reset(key: chex.PRNGKey) -> tuple[Any, chex.Array]:
+        key_initial, key_observation = jax.random.split(key)
+        inner = func_env.initial(key_initial, *tail)
+        return inner, observe(inner, key_observation)
+
+    def transition(key: chex.PRNGKey, inner: Any, action: chex.Array) -> tuple[Any, ...]:
+        keys = jax.random.split(key, 4)
+        successor = func_env.transition(inner, action, keys[0], *tail)
+        reward = func_env.reward(inner, action, successor, keys[1], *tail)
+        terminated = func_env.terminal(successor, keys[2], *tail)
+        return successor, observe(successor, keys[3]), reward, terminated, jnp.zeros((), jnp.bool_)
+
+    return with_auto_reset(reset, transition, func_env.observation_space, func_env.action_space, time_limit)
+
+
+def from_gymnax(environment: Any, params: Any) -> Env:
+    """An ``Env`` from a gymnax environment (1.0.1 or newer) and its parameters, its own time limit included."""
+
+    def reset(key: chex.PRNGKey) -> tuple[Any, chex.ArrayTree]:
+        observation, inner = environment.reset_env(key, params)
+        return inner, observation
+
+    def transition(key: chex.PRNGKey, inner: Any, action: chex.Array) -> tuple[Any, ...]:
+        observation, inner, reward, terminated, _ = environment.step_env(key, inner, action, params)
+        return inner, observation, reward, terminated, environment.is_truncated(inner, params)
+
+    env = with_auto_reset(
+        reset, transition, _from_gymnax_space(environment.observation_space(params)), _from_gymnax_space(environment.action_space(params)), None
+    )
+    return env._replace(time_limit=int(params.max_steps_in_episode))
+
+
+def is_jax_env(env_id: str) -> bool:
+    """Whether ``make`` knows the id: ``gymnax/NAME``, or a Gymnasium id whose environment is a FuncEnv."""
+    if env_id.startswith("gymnax/"):
+        return True
+    entry_point = gymnasium.spec(env_id).entry_point
+    if isinstance(entry_point, str):
+        module, _, name = entry_point.partition(":")
+        if module.startswith(("gymnasium.envs.phys2d", "gymnasium.envs.tabular")):
+            entry_point = getattr(importlib.import_module(module), name)
+    return isinstance(entry_point, type) and issubclass(entry_point, FunctionalJaxEnv)
+
+
+def make(env_id: str, **env_args: Any) -> Env:
+    """A JAX environment by its id.
+
+    Args:
+      env_id: a Gymnasium id whose environment is a FuncEnv (``phys2d/CartPole-v1``), or ``gymnax/NAME`` (``gymnax/Catch-bsuite``).
+      **env_args: its parameters, for example ``polemass_length=0.05``, which gives phys2d's CartPole the dynamics of CartPole-v1
+        (as shipped, phys2d adds the pole's mass and length where CartPole-v1 multiplies them).
+
+    Returns:
+      An ``Env``.
+
+    Raises:
+      ModuleNotFoundError: if gymnax is asked for and not installed.
+      ValueError: if the id is not a JAX environment.
+      TypeError: if it has no such parameter.
+    """
+    if env_id.startswith("gymnax/"):
+        return _make_gymnax(env_id.removeprefix("gymnax/"), env_args)
+    if not is_jax_env(env_id):
+        raise ValueError(f"{env_id} is not written in JAX: use gymnasium.make and the step-by-step agent, or a phys2d/ or gymnax/ id")
+    func_env = gymnasium.make(env_id, disable_env_checker=True).unwrapped.func_env  # type: ignore[attr-defined]
+    params = func_env.get_default_params()
+    return from_func_env(func_env, params=_replaced(params, env_args, env_id), time_limit=gymnasium.spec(env_id).max_episode_steps)
+
+
+def _make_gymnax(name: str, env_args: dict[str, Any]) -> Env:
+    try:
+        import gymnax
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"gymnax/{name} needs gymnax: pip install 'dqn_jax[gymnax]'") from error
+    # A gymnax environment takes some options when made (a size) and the others as parameters.
+    construct = {key: value for key, value in env_args.items() if not hasattr(gymnax.make(name)[1], key)}
+    environment, params = gymnax.make(name, **construct)
+    return from_gymnax(environment, _replaced(params, {key: value for key, value in env_args.items() if key not in construct}, name))
+
+
+def _replaced(params: Any, env_args: dict[str, Any], name: str) -> Any:
+    known = sorted(vars(params)) if params is not None and hasattr(params, "__dict__") else []
+    unknown = sorted(set(env_args) - set(known))
+    if unknown:
+        raise TypeError(f"{name} has no parameter {', '.join(unknown)}; it has {', '.join(known) or 'none'}")
+    return params.replace(**env_args) if env_args else params
+
+
+def _from_gymnax_space(space: Any) -> gymnasium.Space:
+    from gymnax.environments import spaces as gymnax_spaces
+
+    if isinstance(space, gymnax_spaces.Discrete):
+        return gymnasium.spaces.Discrete(int(space.n))
+    if isinstance(space, gymnax_spaces.Box):
+        shape = tuple(space.shape)
+        low, high = (np.broadcast_to(np.asarray(bound), shape) for bound in (space.low, space.high))
+        return gymnasium.spaces.Box(low, high, shape, np.dtype(space.dtype))
+    if isinstance(space, gymnax_spaces.Dict):
+        return gymnasium.spaces.Dict({name: _from_gymnax_space(member) for name, member in space.spaces.items()})
+    raise NotImplementedError(f"gymnax space {space} is not supported")
+
+
+def true_successors(observation: Any, infos: dict[str, Any]) -> Any:
+    """The true successors out of what a Gymnasium vector environment returned with SAME_STEP auto-reset.
+
+    Args:
+      observation: ``[N, ...]`` what ``step`` returned: for ended environments the first observation of the next episode.
+      infos: what ``step`` returned; ``final_obs`` holds the last observation of the ended ones.
+
+    Returns:
+      A new ``[N, ...]``, to hand to ``batch_act_and_train`` as ``next_observation``.
+    """
+    successor = jax.tree.map(np.array, observation)
+    if "final_obs" not in infos:
+        return successor
+    for index in np.flatnonzero(infos["_final_obs"]):
+
+        def put(stored: np.ndarray, final: Any, row: int = int(index)) -> None:
+            stored[row] = final
+
+        jax.tree.map(put, successor, infos["final_obs"][index])
+    return successor

@@ -1,0 +1,97 @@
+"""Temporal-difference targets and losses: one equation per function, one stream of experience, no batch axis.
+
+Callers ``jax.vmap``. No discount factor appears here: ``discount`` is data, already multiplied into each row, and 0 where the
+episode terminated, so every target reads ``reward + discount * value``. A TD error is target minus prediction.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+
+def n_step(reward: chex.Array, discount: chex.Array, last: chex.Array) -> tuple[chex.Array, chex.Array]:
+    r"""Folds a window of raw rows into one reward and one discount.
+
+    .. math:: R = \sum_{k=0}^{K} \Big(\prod_{j<k} d_j\Big) r_k, \qquad D = \prod_{k=0}^{K} d_k
+
+    where ``K`` is the first row with ``last``, or the end of the window: the discount is the product actually travelled, right for
+    tails shorter than n. Sutton, "Learning to predict by the methods of temporal differences" (1988); Hessel et al., "Rainbow"
+    (2018), equation for the truncated n-step return.
+
+    Args:
+      reward: ``[n]``, or a scalar for a window of one row.
+      discount: ``[n]``, the discount factor times 0 where the episode terminated.
+      last: ``[n]`` bool, the episode (or what is known of it) ends at this row.
+
+    Returns:
+      The scalar reward and the scalar discount that multiplies the value of the successor of row ``K``.
+
+    Raises:
+      AssertionError: at trace time, if the three shapes differ or have more than one axis.
+    """
+    reward, discount, last = map(jnp.atleast_1d, (reward, discount, last))
+    chex.assert_rank([reward, discount, last], 1)
+    chex.assert_equal_shape([reward, discount, last])
+    ended_before = jnp.cumsum(last) - last > 0  # [n]
+    discount = jnp.where(ended_before, 1.0, discount)
+    travelled = jnp.cumprod(discount)  # [n]
+    before = jnp.concatenate([jnp.ones_like(travelled[:1]), travelled[:-1]])  # [n]
+    return jnp.sum(jnp.where(ended_before, 0.0, before * reward)), travelled[-1]
+
+
+def q_learning(q: chex.Array, action: chex.Array, reward: chex.Array, discount: chex.Array, q_next: chex.Array) -> chex.Array:
+    r"""TD error of Q-learning: :math:`r + d \max_a q'(a) - q(a)`. Watkins and Dayan, "Q-learning" (1992).
+
+    Args:
+      q: ``[A]`` values of the observation.
+      action: scalar integer.
+      reward: scalar.
+      discount: scalar.
+      q_next: ``[A]`` values of the successor, from the target network.
+
+    Returns:
+      The scalar TD error; no gradient flows through the target.
+    """
+    return double_q_learning(q, action, reward, discount, q_next, q_next)
+
+
+def double_q_learning(
+    q: chex.Array, action: chex.Array, reward: chex.Array, discount: chex.Array, q_next: chex.Array, q_select: chex.Array
+) -> chex.Array:
+    r"""TD error of double Q-learning: :math:`r + d\, q'(\arg\max_a s(a)) - q(a)`.
+
+    Van Hasselt, Guez and Silver, "Deep reinforcement learning with double Q-learning" (2016), equation 4.
+
+    Args:
+      q: ``[A]`` values of the observation.
+      action: scalar integer.
+      reward: scalar.
+      discount: scalar.
+      q_next: ``[A]`` values of the successor from the target network: they value the action.
+      q_select: ``[A]`` values of the successor from the online network: they choose it.
+
+    Returns:
+      The scalar TD error; no gradient flows through the target.
+
+    Raises:
+      AssertionError: at trace time, on other ranks, or if the three value vectors differ in length.
+    """
+    chex.assert_rank([q, action, reward, discount, q_next, q_select], [1, 0, 0, 0, 1, 1])
+    chex.assert_equal_shape([q, q_next, q_select])
+    target = reward + discount * q_next[jnp.argmax(q_select)]
+    return jax.lax.stop_gradient(target) - q[action]
+
+
+def squared(td_error: chex.Array) -> chex.Array:
+    """The squared error, elementwise. Its gradient is twice Huber's near zero."""
+    return jnp.square(td_error)
+
+
+def huber(td_error: chex.Array) -> chex.Array:
+    """Huber's loss with threshold 1, elementwise: ``x**2 / 2`` inside, ``|x| - 1/2`` outside.
+
+    Its gradient is the TD error clipped to [-1, 1], as in Mnih et al., "Human-level control" (2015), Methods.
+    """
+    size = jnp.abs(td_error)
+    inside = jnp.minimum(size, 1.0)
+    return 0.5 * jnp.square(inside) + (size - inside)

@@ -1,0 +1,250 @@
+"""What Gymnasium spaces mean here: which are supported, how a value is checked at the boundary, how a network sees it.
+
+The boundary is where people and environments hand in values. A value is converted once, into fresh arrays of fixed shape and dtype
+(so that no kind of scalar or list causes a second compilation, and nothing outside shares memory with what JAX reads later), and a
+bad one raises an error that says what came, what was expected and what to do, before anything has changed.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from gymnasium import spaces
+
+from dqn_jax.types import Masked
+
+Check = Callable[[Any], Any]
+
+
+def is_masked(space: spaces.Space) -> bool:
+    """Whether the space is a Dict of exactly ``observation`` and ``action_mask``: the convention for forbidden actions."""
+    return isinstance(space, spaces.Dict) and set(space.spaces) == {"observation", "action_mask"}
+
+
+def num_actions(space: spaces.Space, algorithm: str) -> int:
+    """The number of actions of a Discrete action space.
+
+    Raises:
+      ValueError: if the space is not Discrete.
+      NotImplementedError: if its actions do not start at 0.
+    """
+    if not isinstance(space, spaces.Discrete):
+        raise ValueError(
+            f"{algorithm} needs a Discrete action space, got {space}: discretise the actions with a gymnasium.ActionWrapper, "
+            "or use an algorithm for continuous actions"
+        )
+    if space.start != 0:
+        raise NotImplementedError(f"actions must start at 0, got {space}: shift them with gymnasium.wrappers.TransformAction")
+    return int(space.n)
+
+
+def _leaf_dtype(space: spaces.Space) -> np.dtype:
+    """The dtype in which values of a leaf space are kept: float32 for reals, int32 for choices, else the space's own."""
+    if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
+        return np.dtype(np.int32)
+    if np.issubdtype(space.dtype, np.floating):
+        return np.dtype(np.float32)
+    return np.dtype(space.dtype)
+
+
+def example(space: spaces.Space, num_envs: int) -> Any:
+    """Zeros of the shape and dtype in which observations of this space are kept, ``[N, ...]``.
+
+    Raises:
+      NotImplementedError: if the space, or one inside it, is not supported.
+    """
+    if is_masked(space):
+        assert isinstance(space, spaces.Dict)
+        mask = np.ones((num_envs, *space["action_mask"].shape), np.bool_)
+        return Masked(example(space["observation"], num_envs), mask)
+    if isinstance(space, spaces.Dict):
+        return {name: example(inner, num_envs) for name, inner in space.spaces.items()}
+    if isinstance(space, spaces.Tuple):
+        return tuple(example(inner, num_envs) for inner in space.spaces)
+    if isinstance(space, spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
+        return np.zeros((num_envs, *space.shape), _leaf_dtype(space))
+    raise NotImplementedError(
+        f"observation space {space} is not supported; supported are Box, Discrete, MultiDiscrete, MultiBinary, and Dict or Tuple of "
+        "these: convert it with gymnasium.wrappers.FlattenObservation or a wrapper of your own"
+    )
+
+
+def features(space: spaces.Space) -> Callable[[chex.ArrayTree], chex.Array]:
+    """How a network reads observations of this space: a function from a batch ``[B, ...]`` to vectors ``[B, F]`` of float32.
+
+    Discrete values become one-hot vectors, uint8 images are divided by 255, Dict and Tuple members are joined in order.
+    """
+    if is_masked(space):
+        assert isinstance(space, spaces.Dict)
+        return features(space["observation"])
+    if isinstance(space, spaces.Dict | spaces.Tuple):
+        members = space.spaces.items() if isinstance(space, spaces.Dict) else enumerate(space.spaces)
+        parts = [(name, features(inner)) for name, inner in members]
+        return lambda x: jnp.concatenate([part(x[name]) for name, part in parts], axis=-1)
+    if isinstance(space, spaces.Discrete):
+        return lambda x: jax.nn.one_hot(x - int(space.start), int(space.n))
+    if isinstance(space, spaces.MultiDiscrete):
+        sizes, starts = space.nvec.ravel().tolist(), space.start.ravel().tolist()
+
+        def one_hots(x: chex.Array) -> chex.Array:
+            columns = x.reshape(x.shape[0], -1).T
+            return jnp.concatenate([jax.nn.one_hot(c - low, n) for c, low, n in zip(columns, starts, sizes, strict=True)], axis=-1)
+
+        return one_hots
+    scale = 255.0 if space.dtype == np.uint8 and len(space.shape or ()) > 1 else 1.0
+    return lambda x: x.reshape(x.shape[0], -1).astype(jnp.float32) / scale
+
+
+def observation_check(space: spaces.Space, num_envs: int | None) -> Check:
+    """A function that turns an observation into fresh arrays ``[N, ...]``, or raises.
+
+    Args:
+      space: of one environment.
+      num_envs: N, for observations that come as ``[N, ...]``; None for single ones, which get a leading axis of one.
+
+    Returns:
+      A function of the observation. It raises ValueError on a wrong shape, on NaN, infinity or a value outside a discrete space,
+      and TypeError on a wrong dtype or structure.
+    """
+    return _check(space, () if num_envs is None else (num_envs,), "observation")
+
+
+def _check(space: spaces.Space, lead: tuple[int, ...], name: str) -> Check:
+    if is_masked(space):
+        assert isinstance(space, spaces.Dict)
+        inner = _check(space["observation"], lead, f"{name}['observation']")
+        mask = _mask_check(space["action_mask"].shape or (), lead, f"{name}['action_mask']")
+
+        def check_masked(value: Any) -> Masked:
+            if isinstance(value, Masked):
+                return Masked(inner(value.observation), mask(value.action_mask))
+            if not isinstance(value, dict) or set(value) != {"observation", "action_mask"}:
+                raise TypeError(f"{name} must be a Masked or a dict with observation and action_mask, got {_describe(value)}")
+            return Masked(inner(value["observation"]), mask(value["action_mask"]))
+
+        return check_masked
+    if isinstance(space, spaces.Dict):
+        parts = {key: _check(member, lead, f"{name}[{key!r}]") for key, member in space.spaces.items()}
+
+        def check_dict(value: Any) -> dict[str, Any]:
+            if not isinstance(value, dict) or set(value) != set(parts):
+                raise TypeError(f"{name} must be a dict with the keys {sorted(parts)}, got {_describe(value)}")
+            return {key: part(value[key]) for key, part in parts.items()}
+
+        return check_dict
+    if isinstance(space, spaces.Tuple):
+        members = [_check(member, lead, f"{name}[{i}]") for i, member in enumerate(space.spaces)]
+
+        def check_tuple(value: Any) -> tuple[Any, ...]:
+            if not isinstance(value, tuple) or len(value) != len(members):
+                raise TypeError(f"{name} must be a tuple of {len(members)}, got {_describe(value)}")
+            return tuple(part(member) for part, member in zip(members, value, strict=True))
+
+        return check_tuple
+    return _leaf_check(space, lead, name)
+
+
+def _leaf_check(space: spaces.Space, lead: tuple[int, ...], name: str) -> Check:
+    dtype = _leaf_dtype(space)
+    shape = (*lead, *(space.shape or ()))
+    kept = shape if lead else (1, *shape)
+    real = dtype.kind == "f"
+    choices = isinstance(space, spaces.Discrete | spaces.MultiDiscrete)
+    low = space.start if choices else 0
+    high = (space.start + (space.n if isinstance(space, spaces.Discrete) else space.nvec) - 1) if choices else 0
+
+    def check(value: Any) -> np.ndarray:
+        array = np.asarray(value)
+        if array.shape != shape:
+            raise ValueError(
+                f"{name} has shape {array.shape}, the agent was built for {shape} ({space}): pass it as the environment returns it, "
+                "or build the agent for this environment"
+            )
+        if array.dtype != dtype and not (array.dtype.kind == "f" if real else array.dtype.kind in "iub"):
+            raise TypeError(f"{name} has dtype {array.dtype}, expected {dtype} ({space}): convert it before handing it in")
+        fresh = np.array(array, dtype).reshape(kept)
+        if real:
+            # The sum of squares is finite only if every entry is; it can also overflow, hence the second look.
+            if not np.isfinite(np.vdot(fresh, fresh)):
+                _require_finite(fresh.reshape(shape), name)
+        elif choices:
+            if np.any(array < low) or np.any(array > high):
+                raise ValueError(f"{name} is {value}, outside {space}: check the environment's observation space")
+        elif array.dtype != dtype and np.any(fresh.reshape(shape) != array):
+            raise ValueError(f"{name} has values that {dtype} cannot hold ({space}): convert it before handing it in")
+        return fresh
+
+    return check
+
+
+def _mask_check(shape: tuple[int, ...], lead: tuple[int, ...], name: str) -> Check:
+    def check(value: Any) -> np.ndarray:
+        array = np.asarray(value)
+        if array.shape != (*lead, *shape):
+            raise ValueError(f"{name} has shape {array.shape}, expected {(*lead, *shape)}: one entry for each action")
+        if array.dtype.kind not in "biu":
+            raise TypeError(f"{name} has dtype {array.dtype}, expected booleans, or integers 0 and 1")
+        return np.array(array, np.bool_).reshape((*(lead or (1,)), *shape))
+
+    return check
+
+
+def _require_finite(array: np.ndarray, name: str) -> None:
+    bad = np.argwhere(~np.isfinite(array))
+    if len(bad):
+        where = ", ".join(map(str, bad[0]))
+        raise ValueError(
+            f"{name}[{where}] is {array[tuple(bad[0])]} ({len(bad)} of {array.size} entries are not finite): nothing was stored; "
+            "repair the environment, or end the episode with stop_episode()"
+        )
+
+
+def reward_check(num_envs: int | None) -> Check:
+    """A function that turns a reward (or N of them) into float32 ``[N]``, or raises ValueError or TypeError."""
+    shape = () if num_envs is None else (num_envs,)
+
+    def check(value: Any) -> np.ndarray:
+        array = np.asarray(value)
+        if array.shape != shape:
+            raise ValueError(f"reward has shape {array.shape}, expected {shape}: one number for each environment")
+        if array.dtype.kind not in "fiub":
+            raise TypeError(f"reward has dtype {array.dtype} (got {value!r}), expected a real number")
+        fresh = np.array(array, np.float32).reshape(num_envs or 1)
+        if not np.isfinite(fresh).all():
+            raise ValueError(f"reward is {value}: nothing was stored; repair the environment, or end the episode with stop_episode()")
+        return fresh
+
+    return check
+
+
+def flag_check(name: str, num_envs: int | None) -> Check:
+    """A function that turns a truth value (or N of them) into bool ``[N]``, or raises ValueError or TypeError."""
+    shape = () if num_envs is None else (num_envs,)
+
+    def check(value: Any) -> np.ndarray:
+        array = np.asarray(value)
+        if array.dtype != np.bool_:
+            raise TypeError(f"{name} is {value!r}, expected True or False")
+        if array.shape != shape:
+            raise ValueError(f"{name} has shape {array.shape}, expected {shape}")
+        return array.reshape(num_envs or 1)
+
+    return check
+
+
+def require_actions_allowed(observation: Any) -> None:
+    """Raises ValueError if an observation to act on forbids every action."""
+    if isinstance(observation, Masked) and not observation.action_mask.any(axis=-1).all():
+        raise ValueError(
+            "action_mask allows no action: only the successor of a terminated episode may forbid all; "
+            "end such an episode with stop_episode_and_train(observation, reward)"
+        )
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"a dict with the keys {sorted(map(str, value))}"
+    return f"{type(value).__name__} {np.shape(value) if isinstance(value, np.ndarray | jax.Array | list | tuple) else value!r}"
