@@ -63,8 +63,10 @@ def uniform(capacity: int, batch_size: int, *, n_steps: int = 1) -> Memory:
         return Ring(rows, (state.cursor + 1) % length, jnp.minimum(state.size + 1, length))
 
     def cut(state: Ring, mask: chex.Array) -> Ring:
-        newest = (state.cursor - 1) % state.rows.reward.shape[0]
-        last = state.rows.last.at[newest].set(state.rows.last[newest] | mask)
+        length = state.rows.reward.shape[0]
+        # An empty ring has no newest row: a write out of range is dropped.
+        newest = jnp.where(state.size > 0, (state.cursor - 1) % length, length)
+        last = state.rows.last.at[newest].set(state.rows.last[newest] | mask, mode="drop")
         return state._replace(rows=state.rows._replace(last=last))
 
     def noise(key: chex.PRNGKey) -> chex.Array:
