@@ -265,13 +265,38 @@ class OnlineAgent:
         """A copy of the agent's state; hand it to ``Training.resume``, or to another agent's ``from_state``."""
         return jax.tree.map(jnp.copy, self._live_state())
 
+    @property
+    def run_state(self) -> RunState:
+        """A copy of everything: the agent's state, the pending step, the counts."""
+        recent = list(self._recent)
+        padded = recent + [self._no_metrics()] * (RECENT - len(recent))
+        statistics = {
+            "pending": np.asarray(self._pending),
+            "uncut": np.asarray(self._uncut),
+            "episodes": np.asarray(self._episodes, np.int32),
+            "owed": np.asarray(self._owed(), np.int32),
+            "recent": np.asarray(len(recent), np.int32),
+            "metrics": jax.tree.map(lambda *values: np.asarray(jax.device_get(values), np.float32), *padded),
+        }
+        return RunState(self.state, (), jax.tree.map(jnp.copy, self._cell[PENDING]), statistics)
+
+    def restore(self, run: RunState) -> None:
+        """Goes on exactly where the agent stopped whose ``run_state`` this is. The arrays are taken over, not copied."""
+        self._restart(run.agent)
+        self._cell[PENDING] = run.pending
+        saved = jax.device_get(run.statistics)
+        self._pending, self._uncut = bool(saved["pending"]), bool(saved["uncut"])
+        self._episodes = int(saved["episodes"])
+        self._base += int(saved["owed"])
+        self._recent.extend({name: values[i] for name, values in saved["metrics"].items()} for i in range(int(saved["recent"])))
+
     def save(self, path: str | os.PathLike) -> None:
         """Writes everything, the pending step and the replay included, to one file, atomically.
 
         Args:
           path: the file.
         """
-        checkpoint.save(path, self._run_state(), {"kind": "OnlineAgent", "num_envs": self.num_envs})
+        checkpoint.save(path, self.run_state, {"agent": type(self).__name__, "num_envs": self.num_envs})
 
     def load(self, path: str | os.PathLike) -> None:
         """Restores what ``save`` wrote; the agent goes on exactly where the saved one stopped. On an error it stays as it was.
@@ -283,15 +308,24 @@ class OnlineAgent:
           FileNotFoundError: if there is no such file.
           dqn_jax.CheckpointError: if it is no checkpoint, is damaged, or was saved by an agent with other options.
         """
-        run = checkpoint.load(path, jax.eval_shape(self._run_state))[0]
-        self._restart(run.agent)
-        self._cell[PENDING] = run.pending
-        saved = jax.device_get(run.statistics)
-        self._pending, self._uncut = bool(saved["pending"]), bool(saved["uncut"])
-        self._episodes = int(saved["episodes"])
-        self._base += int(saved["owed"])
-        count = int(saved["recent"])
-        self._recent.extend({name: values[i] for name, values in saved["metrics"].items()} for i in range(count))
+        self.restore(checkpoint.load(path, jax.eval_shape(lambda: self.run_state))[0])
+
+    def compile(self) -> None:
+        """Compiles everything now, so that no later call waits for it. Works on copies: the agent does not change."""
+        state = self.state
+        pending = jax.tree.map(jnp.copy, self._cell[PENDING])
+        parts = state._replace(learner=(), memory=()), state.memory
+        outcome = np.zeros((3, self.num_envs), np.float32)
+        noise = self._noise.block(self._decisions, self._live_state)
+        draws = self._draws.block(self._updates, self._live_state)
+        run = self._programs
+        run.act(state.learner, self._example)
+        pending, rest = run.begin(state.learner, parts[0], self._example, *noise)
+        rest, memory = run.cut(rest, parts[1])
+        successor = None if self.num_envs == 1 else self._example
+        pending, rest, memory = run.step(state.learner, rest, memory, pending, self._example, successor, outcome, *noise)
+        rest, memory = run.end(rest, memory, pending, self._example, outcome)
+        jax.block_until_ready(run.update(state.learner, rest, memory, *draws))
 
     # Inside.
 
@@ -362,21 +396,6 @@ class OnlineAgent:
 
     def _live_state(self) -> AgentState:
         return self._cell[REST]._replace(learner=self._cell[LEARNER], memory=self._cell[MEMORY])
-
-    def _run_state(self) -> RunState:
-        """A copy of everything, in the shape of a checkpoint."""
-        recent = list(self._recent)
-        padded = recent + [self._no_metrics()] * (RECENT - len(recent))
-        statistics = {
-            "pending": np.asarray(self._pending),
-            "uncut": np.asarray(self._uncut),
-            "episodes": np.asarray(self._episodes, np.int32),
-            "owed": np.asarray(self._owed(), np.int32),
-            "recent": np.asarray(len(recent), np.int32),
-            "metrics": jax.tree.map(lambda *values: np.asarray(jax.device_get(values), np.float32), *padded),
-        }
-        pending = jax.tree.map(jnp.copy, self._cell[PENDING])
-        return RunState(self.state, (), pending, statistics)
 
     def _no_metrics(self) -> dict[str, float]:
         shapes = jax.eval_shape(self._agent.update, self._live_state(), self._draws.row)[1]

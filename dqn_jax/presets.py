@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import gymnasium
 import jax
@@ -20,20 +20,16 @@ from dqn_jax.types import Agent, AgentState, Env
 
 @dataclasses.dataclass(frozen=True)
 class DQNOptions:
-    """Options of ``dqn_jax.DQN`` and ``dqn_jax.dqn``. Intervals count transitions, whatever the number of environments."""
+    """Options of ``dqn_jax.DQN`` and ``dqn_jax.dqn``: numbers and names. Intervals count transitions, of all environments together."""
 
     gamma: float = 0.99
     """Discount factor per environment step, in [0, 1]."""
     learning_rate: float = 1e-3
     """Step size of Adam; unused where an optimizer is given."""
-    optimizer: optax.GradientTransformation | None = None
-    """An optax transformation, used as it is; by default Adam behind a clip of the gradient's norm."""
-    network: Any = None
-    """Anything with ``init(key, observation)`` and ``apply(params, observation) -> [B, A]``; by default an MLP."""
     hidden: tuple[int, ...] = (64, 64)
     """Widths of the MLP's hidden layers; unused where a network is given."""
-    loss: str = "huber"
-    """Loss of the TD error: "huber" or "mse"."""
+    loss: Literal["huber", "mse"] = "huber"
+    """Loss of the TD error."""
     double: bool = True
     """Double DQN: the online network chooses the bootstrap action, the target network values it."""
     n_steps: int = 1
@@ -52,8 +48,8 @@ class DQNOptions:
     """Transitions between refreshes of the target network; by default 500 where tau is 1, else every update."""
     tau: float = 1.0
     """How far a refresh moves the target to the online parameters; 1 copies them."""
-    epsilon: tuple[float, float, int] | float | Callable[[Any], Any] = (1.0, 0.05, 10_000)
-    """Chance of a random action: start, end and the transitions between (linear); or a constant; or an optax schedule."""
+    epsilon: tuple[float, float, int] | float = (1.0, 0.05, 10_000)
+    """Chance of a random action: start, end and the transitions between (linear); or a constant; in Python also an optax schedule."""
     max_grad_norm: float | None = 10.0
     """Bound on the gradient's global norm, or None; unused where an optimizer is given."""
 
@@ -79,7 +75,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Named sets of options: ``DQN(env, **PRESETS["deck"])``. "deck" is the setting of the slide deck that this package starts from."""
 
 
-def dqn(env_or_spaces: Any, **options: Any) -> Agent:
+def dqn(
+    env_or_spaces: Any, *, network: Any = None, optimizer: optax.GradientTransformation | None = None, **options: Any
+) -> Agent:
     """A DQN agent as pure functions.
 
     Floats among the options (gamma, learning_rate, tau, a constant epsilon) may be tracers: a sweep is a ``vmap`` over a function that
@@ -87,6 +85,8 @@ def dqn(env_or_spaces: Any, **options: Any) -> Agent:
 
     Args:
       env_or_spaces: an environment (Gymnasium, vector or ``Env``), or the pair (observation_space, action_space).
+      network: anything with ``init(key, observation)`` and ``apply(params, observation) -> [B, A]``; by default an MLP.
+      optimizer: an optax transformation, used as it is; by default Adam behind a clip of the gradient's norm.
       **options: see ``DQNOptions``.
 
     Returns:
@@ -101,10 +101,10 @@ def dqn(env_or_spaces: Any, **options: Any) -> Agent:
     num_actions = spaces.num_actions(action_space, "DQN")
     spaces.example(observation_space, 1)  # Raises where a space is not supported.
     o = dqn_options(**options)
-    network = o.network
     if network is None:
+        if not o.hidden:
+            raise ValueError("hidden is empty: give at least one width, or a network")
         network = networks.QNetwork(num_actions, tuple(o.hidden), spaces.features(observation_space))
-    optimizer = o.optimizer
     if optimizer is None:
         # Flattened: one array for all parameters. Each array that enters or leaves a small program costs more than its arithmetic.
         clip = optax.identity() if o.max_grad_norm is None else optax.clip_by_global_norm(o.max_grad_norm)
@@ -135,6 +135,8 @@ class DQN(OnlineAgent):
         its spaces.
       seed: of all randomness of the agent.
       num_envs: environments N; taken from a vector environment.
+      state: an AgentState to begin with; see ``from_state``.
+      network, optimizer: as for ``dqn_jax.dqn``.
       **options: see ``DQNOptions``.
 
     Raises:
@@ -143,11 +145,21 @@ class DQN(OnlineAgent):
       NotImplementedError: on a space that is not supported.
     """
 
-    def __init__(self, env_or_spaces: Any, seed: int = 0, *, num_envs: int | None = None, state: AgentState | None = None, **options: Any):
+    def __init__(
+        self,
+        env_or_spaces: Any,
+        seed: int = 0,
+        *,
+        num_envs: int | None = None,
+        state: AgentState | None = None,
+        network: Any = None,
+        optimizer: optax.GradientTransformation | None = None,
+        **options: Any,
+    ):
         observation_space, action_space, envs_given = read_spaces(env_or_spaces)
         if num_envs is not None and envs_given is not None and num_envs != envs_given:
             raise ValueError(f"num_envs is {num_envs}, the vector environment has {envs_given}: leave num_envs out")
-        agent = dqn((observation_space, action_space), **options)
+        agent = dqn((observation_space, action_space), network=network, optimizer=optimizer, **options)
         self._epsilon = epsilon_schedule(dqn_options(**options))
         super().__init__(agent, observation_space, action_space, num_envs=num_envs or envs_given or 1, seed=seed, state=state)
 
@@ -159,7 +171,7 @@ class DQN(OnlineAgent):
           env_or_spaces: as for ``DQN``.
           state: it is copied.
           num_envs: as for ``DQN``; it must be that of the run.
-          **options: those of the run.
+          **options: those of the run, network and optimizer included.
 
         Raises:
           ValueError: if the state does not fit; and as ``DQN``.
@@ -173,11 +185,12 @@ class DQN(OnlineAgent):
 
 def dqn_options(**options: Any) -> DQNOptions:
     """The options, checked one by one and against one another. Raises TypeError or ValueError that names the option."""
-    known = {field.name for field in dataclasses.fields(DQNOptions)}
+    known = [field.name for field in dataclasses.fields(DQNOptions)]
     for name in options:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1, 0.5)
-            hint = f"did you mean {near[0]}?" if near else f"the options are {', '.join(sorted(known))}"
+            everything = sorted([*known, "network", "optimizer", "num_envs"])
+            near = difflib.get_close_matches(name, everything, 1, 0.5)
+            hint = f"did you mean {near[0]}?" if near else f"the options are {', '.join(everything)}"
             raise TypeError(f"DQN has no option {name!r}: {hint}")
     o = DQNOptions(**options)
     _require_number("gamma", o.gamma, 0, 1)
@@ -189,8 +202,6 @@ def dqn_options(**options: Any) -> DQNOptions:
         _require_int(name, getattr(o, name), low)
     if o.target_update_interval is not None:
         _require_int("target_update_interval", o.target_update_interval, 1)
-    if not o.hidden and o.network is None:
-        raise ValueError("hidden is empty: give at least one width, or a network")
     for width in o.hidden:
         _require_int("a width in hidden", width, 1)
     if o.loss not in ("huber", "mse"):

@@ -1,0 +1,215 @@
+"""The command line: ``dqn-jax train ENV`` and ``dqn-jax eval RUN``."""
+
+import dataclasses
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import gymnasium
+import jax
+import numpy as np
+import tyro
+from gymnasium.wrappers import RecordVideo
+
+from dqn_jax import checkpoint, envs, spaces
+from dqn_jax.experiment import say, train
+from dqn_jax.presets import PRESETS, DQNOptions, dqn
+from dqn_jax.runs import Task, greedy_policy, play_greedily
+from dqn_jax.training import evaluate
+from dqn_jax.types import Agent, AgentState, Env
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Trains an agent: step by step in a Gymnasium environment, compiled whole in a JAX one."""
+
+    env: Annotated[str | None, tyro.conf.Positional] = None
+    """Gymnasium id (CartPole-v1), or a JAX environment (phys2d/CartPole-v1, gymnax/Catch-bsuite). Not needed with --resume."""
+    algo: Literal["dqn"] = "dqn"
+    """The algorithm."""
+    preset: Literal["default", "deck"] = "default"
+    """The set of options that the flags below start from."""
+    steps: int | None = None
+    """Environment steps for each seed (default: 50000; with --resume: as before)."""
+    seed: int = 0
+    """Seed of the first agent; the others follow."""
+    seeds: int = 1
+    """Independent agents; in a JAX environment they train all at once."""
+    num_envs: int = 1
+    """Environments that feed each agent."""
+    env_arg: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """An argument of the environment, NAME=VALUE; may be repeated."""
+    eval_episodes: int = 20
+    """Greedy episodes in each evaluation."""
+    name: str | None = None
+    """Name of the run's folder (default: made of environment and time)."""
+    folder: Path = Path("runs")
+    """Where the run's folder goes."""
+    resume: Path | None = None
+    """A run's folder: go on from its last checkpoint."""
+    json: bool = False
+    """Print the summary as the last line of standard output, one JSON object."""
+    options: Annotated[DQNOptions, tyro.conf.arg(name="")] = dataclasses.field(default_factory=DQNOptions)
+    """Options of the algorithm."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval:
+    """Plays greedy episodes with the agent of a run."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """The run's folder."""
+    episodes: int = 20
+    """Episodes to play."""
+    seed: int = 0
+    """Which of the run's agents: 0 is the first."""
+    env: str | None = None
+    """Another Gymnasium environment with the same spaces; needed to render what cannot be rendered."""
+    render: bool = False
+    """Show the episodes in a window."""
+    video: Path | None = None
+    """Record the first episode to this file (.mp4; needs the extra `video`)."""
+    json: bool = False
+    """Print the result as the last line of standard output, one JSON object."""
+
+
+def main(args: list[str] | None = None) -> None:
+    """The console script. Errors that a user can mend are one line on standard error, and exit status 2."""
+    args = sys.argv[1:] if args is None else args
+    command = tyro.extras.subcommand_cli_from_dict(
+        {"train": _train_command(args), "eval": Eval}, args=args, prog="dqn-jax", description=__doc__, config=(tyro.conf.OmitArgPrefixes,)
+    )
+    try:
+        summary = _train(command) if isinstance(command, Train) else _eval(command)
+    except (ValueError, TypeError, NotImplementedError, OSError, ModuleNotFoundError, gymnasium.error.Error) as error:
+        say(f"error: {error}")
+        sys.exit(2)
+    if command.json:
+        print(json.dumps(summary), flush=True)
+
+
+def _train_command(args: list[str]) -> Any:
+    """``Train`` with the defaults of the preset that the arguments name, so that --help shows them and flags override them."""
+    named = [value for flag, value in zip(args, args[1:], strict=False) if flag == "--preset"]
+    named += [arg.removeprefix("--preset=") for arg in args if arg.startswith("--preset=")]
+    options = DQNOptions(**PRESETS.get(named[-1] if named else "default", {}))
+    return tyro.conf.configure()(Train) if options == DQNOptions() else Annotated[Train, tyro.conf.subcommand("train", default=Train(options=options))]
+
+
+def _train(command: Train) -> dict[str, Any]:
+    if command.resume is not None:
+        task, folder = _read_task(command.resume), command.resume
+        task = task._replace(steps=command.steps or task.steps)
+    elif command.env is None:
+        raise ValueError("name an environment (dqn-jax train CartPole-v1), or a run to go on with (--resume RUN)")
+    else:
+        task = Task(
+            env=command.env,
+            env_args=dict(map(_parse_env_arg, command.env_arg)),
+            steps=command.steps or 50_000,
+            seed=command.seed,
+            seeds=command.seeds,
+            num_envs=command.num_envs,
+            eval_episodes=command.eval_episodes,
+            options=dataclasses.asdict(command.options),
+        )
+        folder = command.folder / (command.name or f"{command.env.replace('/', '-')}-{time.strftime('%Y%m%d-%H%M%S')}")
+    summary = train(task, folder, resume=command.resume is not None)
+    if not command.json:
+        _print_summary(summary)
+    return summary
+
+
+def _print_summary(summary: dict[str, Any]) -> None:
+    def shown(value: Any) -> str:
+        return "unknown" if value is None else f"{value:.1f}"
+
+    def interval(name: str) -> str:
+        found = summary[f"{name}_interval"]
+        return "" if found is None or summary["seeds"] == 1 else f" (95 % interval {found[0]:.1f} to {found[1]:.1f}, {summary['seeds']} seeds)"
+
+    print(f"{summary['algo']} on {summary['env']}: {summary['steps']:,} steps, {summary['updates']:,} updates, {summary['seeds']} seed(s)")
+    print(f"  greedy return, final parameters   {shown(summary['eval_iqm'])}{interval('eval')}")
+    print(f"  return in the last tenth          {shown(summary['online_iqm'])}{interval('online')}")
+    print(f"  steps per second                  {shown(summary['steps_per_second'])} after {summary['compile_seconds']:.1f} s of compilation")
+    print(f"  peak memory                       {summary['peak_memory_mb']:,} MB on {summary['device']}")
+    print(f"  run                               {summary['run']}")
+    if not summary["complete"]:
+        print(f"stopped early; go on with: dqn-jax train --resume {summary['run']}")
+    else:
+        print(f"watch it with: dqn-jax eval {summary['run']}")
+
+
+def _eval(command: Eval) -> dict[str, Any]:
+    task = _read_task(command.run)
+    if not 0 <= command.seed < task.seeds:
+        raise ValueError(f"the run has {task.seeds} seed(s), 0 to {task.seeds - 1}: there is no seed {command.seed}")
+    compiled = envs.is_jax_env(task.env)
+    world = envs.make(task.env, **task.env_args) if compiled else gymnasium.make(task.env, **task.env_args)
+    agent = dqn(world, **task.options)
+    learner = _best_learner(command, task, agent, world.observation_space)
+    if isinstance(world, Env) and not (command.render or command.video or command.env):
+        play = evaluate(agent, world, num_episodes=command.episodes, max_steps=world.time_limit or 10_000)
+        state = AgentState(learner, *[()] * 5)  # Acting needs no more.
+        returns = np.asarray(jax.jit(play)(state, jax.random.key(command.seed + 20_000))).tolist()
+    else:
+        choose = greedy_policy(agent, learner, world.observation_space)
+        returns = list(_play_and_show(command, command.env or task.env, {} if compiled else task.env_args, choose))
+    result = {"run": str(command.run), "env": command.env or task.env, "episodes": len(returns), "mean": float(np.mean(returns)), "returns": returns}
+    if not command.json:
+        print(f"{result['env']}: mean return {result['mean']:.1f} over {len(returns)} greedy episodes ({min(returns):.1f} to {max(returns):.1f})")
+    return result
+
+
+def _best_learner(command: Eval, task: Task, agent: Agent, observation_space: gymnasium.Space) -> Any:
+    one = jax.eval_shape(agent.init, jax.random.key(0), spaces.example(observation_space, task.num_envs)).learner
+    stacked = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((task.seeds, *leaf.shape), leaf.dtype), one)
+    learners, _ = checkpoint.load(command.run / "best.safetensors", stacked)
+    return jax.tree.map(lambda leaf: leaf[command.seed], learners)
+
+
+def _play_and_show(command: Eval, env_id: str, env_args: dict[str, Any], choose: Any) -> Iterator[float]:
+    """Greedy episodes in a Gymnasium environment, on the screen or, the first of them, into a file."""
+    seeds = range(command.seed + 20_000, command.seed + 20_000 + command.episodes)
+    if command.video is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            env: Any = RecordVideo(gymnasium.make(env_id, render_mode="rgb_array", **env_args), folder, disable_logger=True)
+            yield play_greedily(choose, env, seeds[0])
+            env.close()
+            command.video.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(next(Path(folder).glob("*.mp4")), command.video)
+        say(f"video: {command.video}")
+        seeds = seeds[1:]
+    env = gymnasium.make(env_id, render_mode="human" if command.render else None, **env_args)
+    for seed in seeds:
+        yield play_greedily(choose, env, seed)
+    env.close()
+
+
+def _read_task(folder: Path) -> Task:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no run at {folder}: expected a folder made by dqn-jax train, with config.json in it")
+    saved = json.loads(path.read_text())
+    if ":" in saved["env"]:  # gymnasium.make would import the module before the colon.
+        raise ValueError(f"{path} names the environment {saved['env']!r}: a module to import is not taken from a file")
+    return Task(**saved)
+
+
+def _parse_env_arg(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--env-arg takes NAME=VALUE, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value  # A word.
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,280 @@
+"""A run from the first step to its summary: folder, progress, evaluations, checkpoints, interrupts, resume.
+
+The folder of a run holds ``config.json``, ``metrics.csv`` (a row for each chunk and seed), ``last.safetensors`` (everything, to go on
+from), ``best.safetensors`` (for each seed what it had learnt when it evaluated best), ``summary.json`` and, where matplotlib is
+installed, ``curve.png``.
+"""
+
+import csv
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from dqn_jax import checkpoint
+from dqn_jax.runs import CompiledRuns, HostRuns, Task, make_runs
+from dqn_jax.statistics import bootstrap_interval, iqm
+
+EVALUATIONS = 10
+COLUMNS = ("steps", "seed", "episodes", "return", "length", "loss", "q", "epsilon", "eval_return")
+
+
+def train(task: Task, folder: Path, *, resume: bool = False) -> dict[str, Any]:
+    """Runs ``task`` to its end, or to an interrupt, and leaves a folder from which it can go on.
+
+    Args:
+      task: what to run.
+      folder: of the run.
+      resume: go on from the folder's last checkpoint.
+
+    Returns:
+      The summary, a dict of JSON values; see ``summarise``.
+
+    Raises:
+      FileExistsError: if the folder holds a run and ``resume`` is False.
+      FileNotFoundError, dqn_jax.CheckpointError: if there is nothing sound to resume from.
+    """
+    say(describe_device())
+    if not resume:
+        if (folder / "config.json").exists():
+            raise FileExistsError(f"{folder} holds a run: choose another --name, or go on with --resume {folder}")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(task._asdict(), indent=2) + "\n")
+    say("compiling ...")
+    start = time.perf_counter()
+    runs = make_runs(task)
+    runs.compile()
+    compile_seconds = time.perf_counter() - start
+    log = Log(folder, task)
+    if resume:
+        log.restore(runs)
+    first = runs.steps
+    seconds = _loop(task, runs, log)
+    speed = (runs.steps - first) * task.seeds / seconds if seconds else math.nan
+    summary = summarise(task, folder, runs, log, speed, compile_seconds)
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    draw_curve(log.rows, folder / "curve.png")
+    return summary
+
+
+def _loop(task: Task, runs: HostRuns | CompiledRuns, log: "Log") -> float:
+    """Trains until the steps are done or somebody interrupts. Returns the seconds spent training, evaluations apart."""
+    seconds = 0.0
+    first = runs.steps
+    every = task.steps / EVALUATIONS
+    bar = tqdm(total=max(task.steps, runs.steps), initial=runs.steps, unit="step", unit_scale=True, file=sys.stderr, dynamic_ncols=True)
+    with bar, interrupts() as interrupted:
+        try:
+            while runs.steps < task.steps and not interrupted():
+                before, start = runs.steps, time.perf_counter()
+                curve = runs.advance()
+                seconds += time.perf_counter() - start
+                due = runs.steps // every > before // every or runs.steps >= task.steps
+                log.add(runs, curve, runs.evaluate() if due or interrupted() else None)
+                bar.set_postfix(log.latest(), refresh=False)
+                bar.total = max(bar.total, runs.steps)
+                bar.update(runs.steps - before)
+                if due:
+                    log.save(runs)
+        finally:
+            if runs.steps > first:
+                log.save(runs)  # Also when an environment raised: nothing that was learnt is lost.
+    return seconds
+
+
+class Log:
+    """The rows of the learning curve and the checkpoints of one run."""
+
+    def __init__(self, folder: Path, task: Task):
+        self.folder = folder
+        self.task = task
+        self.rows: list[dict[str, float]] = []
+        self.best = np.full(task.seeds, -np.inf)
+        self._best_learners: Any = None
+
+    def add(self, runs: HostRuns | CompiledRuns, curve: list[dict[str, float]], evaluated: np.ndarray | None) -> None:
+        """One chunk's rows, one for each seed, and its evaluation, if there was one."""
+        for seed, row in enumerate(curve):
+            value = math.nan if evaluated is None else float(evaluated[seed])
+            self.rows.append({"steps": runs.steps, "seed": self.task.seed + seed, **row, "eval_return": value})
+        if evaluated is not None:
+            self._keep_best(runs, evaluated)
+
+    def _keep_best(self, runs: HostRuns | CompiledRuns, evaluated: np.ndarray) -> None:
+        better = evaluated > self.best
+        if not better.any():
+            return
+        learners = runs.learners()
+        if self._best_learners is not None:
+
+            def choose(new: np.ndarray, old: np.ndarray) -> np.ndarray:
+                return np.where(better.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
+
+            learners = jax.tree.map(choose, learners, self._best_learners)
+        self._best_learners = learners
+        self.best = np.where(better, evaluated, self.best)
+        checkpoint.save(self.folder / "best.safetensors", learners, {"eval_return": self.best.tolist()})
+
+    def latest(self) -> dict[str, str]:
+        """What the progress bar shows: means over the seeds of the newest rows."""
+        newest = self.rows[-self.task.seeds :]
+        shown = {name: [row.get(name, math.nan) for row in newest] for name in ("return", "loss", "epsilon")}
+        evaluated = [row["eval_return"] for row in self.rows if not math.isnan(row["eval_return"])][-self.task.seeds :]
+        means = {name: _mean(values) for name, values in {**shown, "eval": evaluated}.items()}
+        return {name: f"{value:.3g}" for name, value in means.items() if not math.isnan(value)}
+
+    def save(self, runs: HostRuns | CompiledRuns) -> None:
+        """Writes the rows and the state. The rows come first: those beyond the state's steps are dropped on resume."""
+        partial = self.folder / "metrics.csv.partial"
+        with open(partial, "w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, restval=math.nan, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(self.rows)
+        os.replace(partial, self.folder / "metrics.csv")
+        checkpoint.save(self.folder / "last.safetensors", runs.state(), {"steps": runs.steps})
+
+    def restore(self, runs: HostRuns | CompiledRuns) -> None:
+        """Puts the last checkpoint into ``runs`` and reads the rows up to it."""
+        state, info = checkpoint.load(self.folder / "last.safetensors", jax.eval_shape(runs.state))
+        runs.restore(state, info["steps"])
+        with open(self.folder / "metrics.csv", newline="") as file:
+            rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        self.rows = [{**row, "steps": int(row["steps"]), "seed": int(row["seed"])} for row in rows if row["steps"] <= info["steps"]]
+        if (self.folder / "best.safetensors").exists():
+            self._best_learners, best = checkpoint.load(self.folder / "best.safetensors", runs.learners())
+            self.best = np.array(best["eval_return"])
+
+    def online_returns(self) -> list[float]:
+        """For each seed the mean return of the episodes that ended in the last tenth of training."""
+        means = []
+        for seed in range(self.task.seed, self.task.seed + self.task.seeds):
+            rows = [row for row in self.rows if row["seed"] == seed and row["steps"] > 0.9 * self.rows[-1]["steps"] and row["episodes"]]
+            episodes = sum(row["episodes"] for row in rows)
+            means.append(sum(row["return"] * row["episodes"] for row in rows) / episodes if episodes else math.nan)
+        return means
+
+
+def summarise(
+    task: Task, folder: Path, runs: HostRuns | CompiledRuns, log: Log, steps_per_second: float, compile_seconds: float
+) -> dict[str, Any]:
+    """The summary of a run.
+
+    Returns:
+      ``algo, env, steps`` (each agent's), ``seeds``; ``eval_return`` (for each seed the mean of greedy episodes with the final
+      parameters), ``best_eval_return`` (the highest seen on the way: biased upwards), ``online_return`` (for each seed the mean over
+      the last tenth of training), the IQM over seeds and its 95 % bootstrap interval of the first and the last;
+      ``steps_per_second`` (all seeds together, compilation and evaluation apart), ``compile_seconds, peak_memory_mb, updates``
+      (each agent's), ``state_sha256``, ``run``, ``device`` and ``complete``. What is unknown is None.
+    """
+    evaluated = runs.evaluate()
+    online = log.online_returns() if log.rows else [math.nan] * task.seeds
+    return {
+        "algo": "dqn",
+        "env": task.env,
+        "steps": runs.steps,
+        "seeds": task.seeds,
+        "eval_return": evaluated.tolist(),
+        "best_eval_return": [_known(value) for value in log.best],
+        "online_return": [_known(value) for value in online],
+        **_over_seeds("eval", evaluated),
+        **_over_seeds("online", np.array(online)),
+        "steps_per_second": _known(steps_per_second),
+        "compile_seconds": round(compile_seconds, 2),
+        "peak_memory_mb": round(peak_memory_mb()),
+        "updates": runs.updates,
+        "state_sha256": checkpoint.digest(runs.state()),
+        "run": str(folder),
+        "device": str(jax.devices()[0]),
+        "complete": runs.steps >= task.steps,
+    }
+
+
+def describe_device() -> str:
+    """The device that JAX computes on, and a warning where a GPU is visible and unused."""
+    device = jax.devices()[0]
+    line = f"device: {device.device_kind} ({device.platform})"
+    if device.platform == "cpu" and (shutil.which("nvidia-smi") or Path("/dev/nvidia0").exists()):
+        line += "\nwarning: a GPU is visible and JAX runs on the CPU: pip install 'dqn_jax[cuda]'"
+    return line
+
+
+def peak_memory_mb() -> float:
+    """The most memory that this process has held, in MB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak / 1e3  # bytes there, kilobytes elsewhere
+
+
+@contextmanager
+def interrupts() -> Iterator[Any]:
+    """Within it Ctrl-C and SIGTERM only set a flag, read by calling what it yields; a second Ctrl-C interrupts at once."""
+    seen: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+        say("\nstopping after this chunk ...")
+
+    try:
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # Not in the main thread: Python delivers no signal here.
+        before = {}
+    try:
+        yield lambda: bool(seen)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def draw_curve(rows: list[dict[str, float]], path: Path) -> None:
+    """The learning curve as a picture, where matplotlib is installed: evaluations and training returns, means over the seeds."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        return
+    axes = Figure(figsize=(7, 4), layout="constrained").subplots()
+    for name, label in (("return", "training"), ("eval_return", "greedy")):
+        by_steps: dict[float, list[float]] = {}
+        for row in rows:
+            if not math.isnan(row[name]):
+                by_steps.setdefault(row["steps"], []).append(row[name])
+        if by_steps:
+            steps, values = list(by_steps), list(by_steps.values())
+            (line,) = axes.plot(steps, [np.mean(v) for v in values], label=label, marker="o" if name == "eval_return" else "")
+            axes.fill_between(steps, [min(v) for v in values], [max(v) for v in values], alpha=0.2, color=line.get_color())
+    axes.set(xlabel="steps", ylabel="return (mean and range over seeds)")
+    axes.legend()
+    axes.figure.savefig(path, dpi=120)
+
+
+def say(text: str) -> None:
+    """A line for people: on standard error, so that standard output holds results only."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _over_seeds(name: str, values: np.ndarray) -> dict[str, Any]:
+    values = values[~np.isnan(values)]
+    if not len(values):
+        return {f"{name}_iqm": None, f"{name}_interval": None}
+    return {f"{name}_iqm": iqm(values), f"{name}_interval": list(bootstrap_interval(values))}
+
+
+def _known(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _mean(values: list[float]) -> float:
+    known = [value for value in values if not math.isnan(value)]
+    return float(np.mean(known)) if known else math.nan

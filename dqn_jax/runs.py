@@ -1,0 +1,240 @@
+"""The two ways to run an experiment's agents, behind one face: all seeds side by side, a chunk at a time.
+
+``HostRuns`` steps Gymnasium environments through ``act_and_train``, ``CompiledRuns`` scans JAX environments over all seeds at once.
+Both offer ``compile``, ``advance``, ``evaluate``, ``state``, ``restore``, ``learners``, and the attributes ``steps`` (taken by each
+agent) and ``updates``.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import gymnasium
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dqn_jax import envs, spaces, training
+from dqn_jax.presets import DQN, dqn, dqn_options, epsilon_schedule
+from dqn_jax.types import Agent
+
+CHUNKS = 100  # Points of the learning curve; progress is shown and an interrupt is heeded between them.
+
+
+class Task(NamedTuple):
+    """What to run.
+
+    Attributes:
+      env: id of a Gymnasium or JAX environment.
+      env_args: its arguments.
+      steps: transitions that each agent collects.
+      seed: of the first agent; the others follow.
+      seeds: agents.
+      num_envs: environments for each agent.
+      eval_episodes: greedy episodes in an evaluation.
+      options: of the algorithm's preset.
+    """
+
+    env: str
+    env_args: dict[str, Any]
+    steps: int
+    seed: int
+    seeds: int
+    num_envs: int
+    eval_episodes: int
+    options: dict[str, Any]
+
+
+class HostRuns:
+    """One ``DQN`` for each seed, each with Gymnasium environments of its own, advanced in turn."""
+
+    def __init__(self, task: Task):
+        self.task = task
+        self.steps = 0
+        self._envs = [self._make() for _ in range(task.seeds)]
+        self._agents = [DQN(env, seed=task.seed + i, **task.options) for i, env in enumerate(self._envs)]
+        self._begin()
+        self._eval_env = gymnasium.make(task.env, **task.env_args)
+        self._rows = max(1, round(task.steps / CHUNKS / task.num_envs))
+
+    def _begin(self) -> None:
+        """New episodes in all environments; after a resume not those with which the run began."""
+        loop = _play if self.task.num_envs == 1 else _play_batch
+        seeds = np.random.SeedSequence([self.task.seed, self.steps]).generate_state(self.task.seeds)
+        self._loops = [loop(*one) for one in zip(self._agents, self._envs, map(int, seeds), strict=True)]
+
+    def _make(self) -> Any:
+        if self.task.num_envs == 1:
+            return gymnasium.make(self.task.env, **self.task.env_args)
+        same_step = {"autoreset_mode": gymnasium.vector.AutoresetMode.SAME_STEP}
+        return gymnasium.make_vec(
+            self.task.env, self.task.num_envs, vectorization_mode="sync", vector_kwargs=same_step, **self.task.env_args
+        )
+
+    @property
+    def agent(self) -> Agent:
+        """The pure functions that all seeds share."""
+        return self._agents[0].agent
+
+    @property
+    def updates(self) -> int:
+        """Updates done by each agent."""
+        return int(self._agents[0].get_statistics()["n_updates"])
+
+    def compile(self) -> None:
+        """Compiles everything, so that the progress bar does not stand still later."""
+        for agent in self._agents:
+            agent.compile()
+
+    def advance(self) -> list[dict[str, float]]:
+        """One chunk. Returns a row of the learning curve for each seed."""
+        rows = min(self._rows, -(-(self.task.steps - self.steps) // self.task.num_envs))
+        self.steps += rows * self.task.num_envs
+        curve = []
+        for agent, loop in zip(self._agents, self._loops, strict=True):
+            ended = [episode for _ in range(rows) for episode in next(loop)]
+            statistics = agent.get_statistics()
+            returns, lengths = np.mean(ended, axis=0) if ended else (np.nan, np.nan)
+            means = {name.removeprefix("average_"): value for name, value in statistics.items() if name.startswith("average_")}
+            curve.append({"episodes": len(ended), "return": float(returns), "length": float(lengths), **means, "epsilon": statistics["epsilon"]})
+        return curve
+
+    def evaluate(self) -> np.ndarray:
+        """The mean return of greedy episodes, for each seed."""
+        seeds = [self.task.seed + 10_000 + episode for episode in range(self.task.eval_episodes)]
+        act = [agent.act if self.task.num_envs == 1 else _first_of(agent) for agent in self._agents]
+        return np.array([np.mean([play_greedily(choose, self._eval_env, seed) for seed in seeds]) for choose in act])
+
+    def state(self) -> Any:
+        """Everything, as one pytree."""
+        return [agent.run_state for agent in self._agents]
+
+    def restore(self, state: Any, steps: int) -> None:
+        """Goes on from ``state``; the environments begin new episodes."""
+        for agent, run in zip(self._agents, state, strict=True):
+            agent.restore(run)
+            agent.stop_episode()
+        self.steps = steps
+        self._begin()
+
+    def learners(self) -> Any:
+        """What the agents have learnt, stacked over seeds, as NumPy."""
+        learners = [agent.state.learner for agent in self._agents]
+        return jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *learners)
+
+
+class CompiledRuns:
+    """All seeds at once, environments included, as one compiled program."""
+
+    def __init__(self, task: Task):
+        self.task = task
+        self._env = envs.make(task.env, **task.env_args)
+        self.agent = dqn(self._env, **task.options)
+        self._epsilon = epsilon_schedule(dqn_options(**task.options))
+        self._training = training.train(self.agent, self._env, num_steps=task.steps, num_envs=task.num_envs, history_length=CHUNKS)
+        self._keys = jax.vmap(jax.random.key)(task.seed + jnp.arange(task.seeds))
+        self._eval_keys = jax.vmap(jax.random.key)(task.seed + 10_000 + jnp.arange(task.seeds))
+
+    def compile(self) -> None:
+        """Compiles everything, and collects the warm-up."""
+        play = training.evaluate(self.agent, self._env, num_episodes=self.task.eval_episodes, max_steps=self._env.time_limit or 10_000)
+        init, advance = jax.jit(jax.vmap(self._training.init)), jax.jit(jax.vmap(self._training.advance), donate_argnums=0)
+        shape = jax.eval_shape(init, self._keys)
+        self._init = init.lower(self._keys).compile()
+        self._advance = advance.lower(shape).compile()
+        self._evaluate = jax.jit(jax.vmap(play)).lower(shape.agent, self._eval_keys).compile()
+        self._run = self._init(self._keys)
+
+    @property
+    def steps(self) -> int:
+        """Transitions collected by each agent."""
+        return int(self._run.agent.step[0])
+
+    @property
+    def updates(self) -> int:
+        """Updates done by each agent."""
+        return int(self._run.agent.updates[0])
+
+    def advance(self) -> list[dict[str, float]]:
+        """One chunk. Returns a row of the learning curve for each seed."""
+        self._run, history = self._advance(self._run)
+        columns = {name: np.asarray(values) for name, values in history.items() if name != "step"}
+        epsilon = float(self._epsilon(self.steps))
+        return [{**{name: float(values[i]) for name, values in columns.items()}, "epsilon": epsilon} for i in range(self.task.seeds)]
+
+    def evaluate(self) -> np.ndarray:
+        """The mean return of greedy episodes, for each seed."""
+        return np.asarray(self._evaluate(self._run.agent, self._eval_keys)).mean(axis=1)
+
+    def state(self) -> Any:
+        """Everything, as one pytree."""
+        return self._run
+
+    def restore(self, state: Any, steps: int) -> None:
+        """Goes on from ``state``, exactly."""
+        del steps  # It is in the state.
+        self._run = state
+
+    def learners(self) -> Any:
+        """What the agents have learnt, stacked over seeds, as NumPy."""
+        return jax.device_get(self._run.agent.learner)
+
+
+def play_greedily(choose: Any, env: gymnasium.Env, seed: int) -> float:
+    """Plays one episode with ``choose(observation) -> action``; returns its return."""
+    observation, _ = env.reset(seed=seed)
+    total, ended = 0.0, False
+    while not ended:
+        observation, reward, terminated, truncated, _ = env.step(choose(observation))
+        total += float(reward)
+        ended = terminated or truncated
+    return total
+
+
+def greedy_policy(agent: Agent, learner: Any, observation_space: gymnasium.Space) -> Any:
+    """A function from one observation to the greedy action, an int."""
+    check = spaces.observation_check(observation_space, None)
+    exploit = jax.jit(agent.exploit)
+    return lambda observation: int(exploit(learner, check(observation))[0])
+
+
+def _first_of(agent: DQN) -> Any:
+    return greedy_policy(agent.agent, agent.state.learner, agent.observation_space)
+
+
+def _play(agent: DQN, env: gymnasium.Env, seed: int) -> Iterator[list[tuple[float, int]]]:
+    """Steps one environment for ever; yields the return and length of the episode that the step ended, if it did."""
+    observation, _ = env.reset(seed=seed)
+    reward, total, length = 0.0, 0.0, 0
+    while True:
+        action = agent.act_and_train(observation, reward)
+        observation, reward, terminated, truncated, _ = env.step(action)  # type: ignore[assignment]
+        total, length = total + float(reward), length + 1
+        if not (terminated or truncated):
+            yield []
+            continue
+        agent.stop_episode_and_train(observation, reward, terminated=bool(terminated))
+        observation, _ = env.reset()
+        yield [(total, length)]
+        total, length = 0.0, 0
+
+
+def _play_batch(agent: DQN, env: gymnasium.vector.VectorEnv, seed: int) -> Iterator[list[tuple[float, int]]]:
+    """As ``_play``, for a vector environment."""
+    observation, _ = env.reset(seed=seed)
+    total, length = np.zeros(env.num_envs), np.zeros(env.num_envs, int)
+    action = agent.batch_act_and_train(observation)
+    while True:
+        observation, reward, terminated, truncated, infos = env.step(action)
+        total, length = total + reward, length + 1
+        ended = terminated | truncated
+        yield [(float(total[i]), int(length[i])) for i in np.flatnonzero(ended)]
+        total, length = np.where(ended, 0.0, total), np.where(ended, 0, length)
+        successor = envs.true_successors(observation, infos)
+        action = agent.batch_act_and_train(observation, reward, terminated, truncated, successor)
+
+
+def make_runs(task: Task) -> HostRuns | CompiledRuns:
+    """The compiled driver for a JAX environment, the host driver for any other."""
+    return CompiledRuns(task) if envs.is_jax_env(task.env) else HostRuns(task)
+
+
