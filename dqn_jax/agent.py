@@ -22,9 +22,7 @@ def stream(key: chex.PRNGKey, tag: int, counter: chex.Numeric) -> chex.PRNGKey:
     return jax.random.fold_in(jax.random.fold_in(key, tag), counter)
 
 
-def assemble(
-    algorithm: Algorithm, memory: Memory, *, discount: chex.Numeric, warmup: int = 0, period: int = 1, updates: int = 1
-) -> Agent:
+def assemble(algorithm: Algorithm, memory: Memory, *, discount: chex.Numeric, warmup: int = 0, period: int = 1, updates: int = 1) -> Agent:
     """Joins an algorithm and a memory into an agent.
 
     Args:

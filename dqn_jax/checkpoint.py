@@ -77,14 +77,15 @@ def load(path: str | os.PathLike, template: chex.ArrayTree) -> tuple[Any, dict[s
     header = _header(path)
     saved = {name: (tuple(shape), dtype) for name, (shape, dtype) in json.loads(header["leaves"]).items()}
     expected = {name: _shape_and_dtype(leaf) for name, leaf in _named_leaves(template).items()}
-    problems = [f"{name}: saved {saved[name]}, expected {expected[name]}" for name in expected if name in saved and saved[name] != expected[name]]
+    problems = [
+        f"{name}: saved {saved[name]}, expected {expected[name]}" for name in expected if name in saved and saved[name] != expected[name]
+    ]
     problems += [f"{name}: not in the file" for name in expected if name not in saved]
     problems += [f"{name}: only in the file" for name in saved if name not in expected]
     if problems:
         shown = "\n  ".join(problems[:10] + ([f"and {len(problems) - 10} more"] if len(problems) > 10 else []))
         raise CheckpointError(
-            f"{path} does not fit this agent; build the agent with the options it was saved with "
-            f"({json.loads(header['info'])}):\n  {shown}"
+            f"{path} does not fit this agent; build the agent with the options it was saved with ({json.loads(header['info'])}):\n  {shown}"
         )
     try:
         with safe_open(path, framework="numpy") as file:

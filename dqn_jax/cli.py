@@ -1,6 +1,7 @@
 """The command line: ``dqn-jax train ENV`` and ``dqn-jax eval RUN``."""
 
 import dataclasses
+import itertools
 import json
 import shutil
 import sys
@@ -81,9 +82,10 @@ class Eval:
 def main(args: list[str] | None = None) -> None:
     """The console script. Errors that a user can mend are one line on standard error, and exit status 2."""
     args = sys.argv[1:] if args is None else args
-    command = tyro.extras.subcommand_cli_from_dict(
-        {"train": _train_command(args), "eval": Eval}, args=args, prog="dqn-jax", description=__doc__, config=(tyro.conf.OmitArgPrefixes,)
-    )
+    # The preset's options are the defaults, so that --help shows them and flags override them.
+    train_command = tyro.conf.subcommand("train", default=Train(options=DQNOptions(**PRESETS[_named_preset(args)])))
+    commands = Annotated[Train, train_command] | Annotated[Eval, tyro.conf.subcommand("eval")]
+    command = tyro.cli(commands, args=args, prog="dqn-jax", description=__doc__, config=(tyro.conf.OmitArgPrefixes,))  # type: ignore[call-overload]
     try:
         summary = _train(command) if isinstance(command, Train) else _eval(command)
     except (ValueError, TypeError, NotImplementedError, OSError, ModuleNotFoundError, gymnasium.error.Error) as error:
@@ -93,12 +95,12 @@ def main(args: list[str] | None = None) -> None:
         print(json.dumps(summary), flush=True)
 
 
-def _train_command(args: list[str]) -> Any:
-    """``Train`` with the defaults of the preset that the arguments name, so that --help shows them and flags override them."""
-    named = [value for flag, value in zip(args, args[1:], strict=False) if flag == "--preset"]
-    named += [arg.removeprefix("--preset=") for arg in args if arg.startswith("--preset=")]
-    options = DQNOptions(**PRESETS.get(named[-1] if named else "default", {}))
-    return tyro.conf.configure()(Train) if options == DQNOptions() else Annotated[Train, tyro.conf.subcommand("train", default=Train(options=options))]
+def _named_preset(args: list[str]) -> str:
+    for flag, value in itertools.pairwise([*args, ""]):
+        name = value if flag == "--preset" else flag.removeprefix("--preset=")
+        if flag.startswith("--preset") and name in PRESETS:
+            return name
+    return "default"  # Also where the name is unknown: the parser then says so.
 
 
 def _train(command: Train) -> dict[str, Any]:
@@ -131,12 +133,16 @@ def _print_summary(summary: dict[str, Any]) -> None:
 
     def interval(name: str) -> str:
         found = summary[f"{name}_interval"]
-        return "" if found is None or summary["seeds"] == 1 else f" (95 % interval {found[0]:.1f} to {found[1]:.1f}, {summary['seeds']} seeds)"
+        return (
+            "" if found is None or summary["seeds"] == 1 else f" (95 % interval {found[0]:.1f} to {found[1]:.1f}, {summary['seeds']} seeds)"
+        )
 
     print(f"{summary['algo']} on {summary['env']}: {summary['steps']:,} steps, {summary['updates']:,} updates, {summary['seeds']} seed(s)")
     print(f"  greedy return, final parameters   {shown(summary['eval_iqm'])}{interval('eval')}")
     print(f"  return in the last tenth          {shown(summary['online_iqm'])}{interval('online')}")
-    print(f"  steps per second                  {shown(summary['steps_per_second'])} after {summary['compile_seconds']:.1f} s of compilation")
+    print(
+        f"  steps per second                  {shown(summary['steps_per_second'])} after {summary['compile_seconds']:.1f} s of compilation"
+    )
     print(f"  peak memory                       {summary['peak_memory_mb']:,} MB on {summary['device']}")
     print(f"  run                               {summary['run']}")
     if not summary["complete"]:
@@ -160,9 +166,16 @@ def _eval(command: Eval) -> dict[str, Any]:
     else:
         choose = greedy_policy(agent, learner, world.observation_space)
         returns = list(_play_and_show(command, command.env or task.env, {} if compiled else task.env_args, choose))
-    result = {"run": str(command.run), "env": command.env or task.env, "episodes": len(returns), "mean": float(np.mean(returns)), "returns": returns}
+    result = {
+        "run": str(command.run),
+        "env": command.env or task.env,
+        "episodes": len(returns),
+        "mean": float(np.mean(returns)),
+        "returns": returns,
+    }
     if not command.json:
-        print(f"{result['env']}: mean return {result['mean']:.1f} over {len(returns)} greedy episodes ({min(returns):.1f} to {max(returns):.1f})")
+        print(f"{result['env']}: mean return {result['mean']:.1f} over {len(returns)} greedy episodes")
+        print(f"  from {min(returns):.1f} to {max(returns):.1f}")
     return result
 
 

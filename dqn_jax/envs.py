@@ -97,7 +97,11 @@ def from_gymnax(environment: Any, params: Any) -> Env:
         return inner, observation, reward, terminated, environment.is_truncated(inner, params)
 
     env = with_auto_reset(
-        reset, transition, _from_gymnax_space(environment.observation_space(params)), _from_gymnax_space(environment.action_space(params)), None
+        reset,
+        transition,
+        _from_gymnax_space(environment.observation_space(params)),
+        _from_gymnax_space(environment.action_space(params)),
+        None,
     )
     return env._replace(time_limit=int(params.max_steps_in_episode))
 

@@ -47,14 +47,13 @@ def train(task: Task, folder: Path, *, resume: bool = False) -> dict[str, Any]:
       FileNotFoundError, dqn_jax.CheckpointError: if there is nothing sound to resume from.
     """
     say(describe_device())
-    if not resume:
-        if (folder / "config.json").exists():
-            raise FileExistsError(f"{folder} holds a run: choose another --name, or go on with --resume {folder}")
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(task._asdict(), indent=2) + "\n")
+    if not resume and (folder / "config.json").exists():
+        raise FileExistsError(f"{folder} holds a run: choose another --name, or go on with --resume {folder}")
+    runs = make_runs(task)  # Bad options end here, before anything is written.
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(task._asdict(), indent=2) + "\n")
     say("compiling ...")
     start = time.perf_counter()
-    runs = make_runs(task)
     runs.compile()
     compile_seconds = time.perf_counter() - start
     log = Log(folder, task)
@@ -244,7 +243,8 @@ def draw_curve(rows: list[dict[str, float]], path: Path) -> None:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         return
-    axes = Figure(figsize=(7, 4), layout="constrained").subplots()
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
     for name, label in (("return", "training"), ("eval_return", "greedy")):
         by_steps: dict[float, list[float]] = {}
         for row in rows:
@@ -256,7 +256,7 @@ def draw_curve(rows: list[dict[str, float]], path: Path) -> None:
             axes.fill_between(steps, [min(v) for v in values], [max(v) for v in values], alpha=0.2, color=line.get_color())
     axes.set(xlabel="steps", ylabel="return (mean and range over seeds)")
     axes.legend()
-    axes.figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120)
 
 
 def say(text: str) -> None:

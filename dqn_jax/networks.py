@@ -34,6 +34,7 @@ class QNetwork(nn.Module):
 
     @nn.compact
     def __call__(self, observation: chex.ArrayTree) -> chex.Array:
+        """The values ``[B, A]`` of a batch of observations ``[B, ...]``."""
         x = self.features(observation)  # [B, F]
         for width in self.hidden:
             x = nn.relu(nn.Dense(width)(x))

@@ -11,68 +11,20 @@ import math
 import os
 from collections import deque
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import chex
 import gymnasium
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dqn_jax import checkpoint, spaces
-from dqn_jax.types import Agent, AgentState, Decision, RunState, Transition
+from dqn_jax.programs import Ahead, compile_programs
+from dqn_jax.types import Agent, AgentState, RunState
 
-AHEAD_BYTES = 1 << 20  # What a block of random numbers, drawn ahead in one call, may take.
-AHEAD_ROWS = 1024
 RECENT = 100  # Updates over which the statistics are averaged.
 
 PENDING, REST, MEMORY, LEARNER, METRICS = range(5)
-
-
-class Programs(NamedTuple):
-    """The compiled functions of one agent. ``rest`` is the AgentState without learner and memory."""
-
-    init: Callable[..., Any]
-    begin: Callable[..., Any]
-    step: Callable[..., Any]
-    end: Callable[..., Any]
-    cut: Callable[..., Any]
-    update: Callable[..., Any]
-    act: Callable[..., Any]
-
-
-class Ahead:
-    """Random numbers of many rows, drawn in one call: in a program as small as one step a single draw costs more than the network.
-
-    Row ``i`` of a block that begins at ``start`` is what ``draw(state, start + i)`` gives: the same bits, however they are grouped.
-
-    Args:
-      draw: ``(state, counter) -> row``.
-      state: shapes of an AgentState.
-      group: rows that are used at once; a block holds a multiple of it.
-    """
-
-    def __init__(self, draw: Callable[..., Any], state: AgentState, group: int = 1):
-        self.row = jax.eval_shape(draw, state, state.updates)
-        size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.row))
-        rows = min(AHEAD_ROWS, AHEAD_BYTES // max(1, size))
-        self._rows = max(1, rows // group) * group
-        counters = jnp.arange(self._rows, dtype=jnp.int32)
-        self._draw = jax.jit(lambda state, start: jax.vmap(lambda counter: draw(state, counter))(start + counters))
-        self.forget()
-
-    def block(self, counter: int, live_state: Callable[[], AgentState]) -> tuple[Any, jax.Array]:
-        """The block that holds row ``counter``, and where it begins; drawn anew when the rows are used up."""
-        if not self._first <= counter < self._first + self._rows:
-            start = jnp.asarray(counter, jnp.int32)
-            self._block = (self._draw(live_state()._replace(memory=()), start), start)
-            self._first = counter
-        return self._block
-
-    def forget(self) -> None:
-        """Drops the block: the state has changed under it."""
-        self._first = -1 - self._rows
-        self._block: tuple[Any, Any] = ((), ())
 
 
 class OnlineAgent:
@@ -109,7 +61,7 @@ class OnlineAgent:
         self.action_space = action_space
         self._agent = agent
         self._cadence = agent.cadence(num_envs)
-        self._programs = _compile(agent, num_envs, self._cadence.updates)
+        self._programs = compile_programs(agent, num_envs, self._cadence.updates)
         self._example = spaces.example(observation_space, num_envs)
         fresh = jax.eval_shape(agent.init, jax.random.key(seed), self._example)
         self._noise = Ahead(lambda state, counter: agent.noise(state, counter, num_envs), fresh)
@@ -123,7 +75,11 @@ class OnlineAgent:
             self._checks["terminated", single] = spaces.flag_check("terminated", lead)
             self._checks["truncated", single] = spaces.flag_check("truncated", lead)
         self._masked = spaces.is_masked(observation_space)
-        self._cell: list[Any] = [None] * 5
+        self._cell: list[Any] = [None] * 5  # What the programs return, each in its place.
+        self._recent: deque[Any] = deque(maxlen=RECENT)  # Metrics of the last updates, on the device until somebody asks.
+        self._pending = False  # Whether a decision waits for its outcome.
+        self._uncut = True  # Whether the stored stream may run on into an episode that it does not belong to.
+        self._episodes = self._base = 0
         self._restart(self._programs.init(jax.random.key(seed), self._example) if state is None else _fitting(fresh, state))
 
     # The deck's interface: one environment.
@@ -185,7 +141,9 @@ class OnlineAgent:
             raise RuntimeError("no episode is open: call act_and_train at least once before stop_episode_and_train")
         try:
             self._pending = False
-            self._swap(slice(REST, LEARNER), self._programs.end, self._cell[REST], self._cell[MEMORY], self._cell[PENDING], checked, outcome)
+            self._swap(
+                slice(REST, LEARNER), self._programs.end, self._cell[REST], self._cell[MEMORY], self._cell[PENDING], checked, outcome
+            )
             self._step += 1
             self._episodes += 1
         except BaseException:
@@ -375,7 +333,7 @@ class OnlineAgent:
         rest = state._replace(learner=(), memory=())
         nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (self._example, self._decision))
         self._cell[:] = [nothing, rest, state.memory, state.learner, None]
-        self._recent: deque[Any] = deque(maxlen=RECENT)
+        self._recent.clear()
         self._episodes = 0
         self._pending, self._uncut = False, True
         self._read_counters()
@@ -424,66 +382,15 @@ def _outcome(reward: np.ndarray, terminated: np.ndarray | None = None, last: np.
     return outcome
 
 
-def _compile(agent: Agent, num_envs: int, updates: int) -> Programs:
-    def whole(learner: Any, rest: AgentState, memory: Any) -> AgentState:
-        return rest._replace(learner=learner, memory=memory)
-
-    def apart(state: AgentState) -> tuple[AgentState, Any, Any]:
-        return state._replace(learner=(), memory=()), state.memory, state.learner
-
-    def row(block: Any, index: chex.Array) -> Any:
-        return jax.tree.map(lambda leaf: leaf[index], block)
-
-    def explore(state: AgentState, observation: Any, noise: Any, start: chex.Array) -> tuple[AgentState, tuple[Any, Decision]]:
-        state, decision = agent.explore(state, observation, row(noise, state.decisions - start))
-        return state, (observation, decision)
-
-    def store(state: AgentState, pending: tuple[Any, Decision], successor: Any, outcome: chex.Array) -> AgentState:
-        observation, decision = pending
-        reward, discount, last = outcome
-        return agent.observe(state, Transition(observation, decision.action, reward, discount, successor, last > 0, decision.extras))
-
-    def begin(learner: Any, rest: AgentState, observation: Any, noise: Any, start: chex.Array) -> tuple[Any, ...]:
-        state, pending = explore(whole(learner, rest, ()), observation, noise, start)
-        return pending, apart(state)[0]
-
-    def step(
-        learner: Any, rest: AgentState, memory: Any, pending: Any, observation: Any, successor: Any, outcome: chex.Array, noise: Any, start: Any
-    ) -> tuple[Any, ...]:
-        successor = observation if successor is None else successor
-        state = store(whole(learner, rest, memory), pending, successor, outcome)
-        state, pending = explore(state, observation, noise, start)
-        return (pending, *apart(state)[:2])
-
-    def end(rest: AgentState, memory: Any, pending: Any, observation: Any, outcome: chex.Array) -> tuple[Any, ...]:
-        return apart(store(whole((), rest, memory), pending, observation, outcome))[:2]
-
-    def cut(rest: AgentState, memory: Any) -> tuple[Any, ...]:
-        return apart(agent.cut(whole((), rest, memory), jnp.ones(num_envs, jnp.bool_)))[:2]
-
-    def update(learner: Any, rest: AgentState, memory: Any, draws: Any, start: chex.Array) -> tuple[Any, ...]:
-        def one(state: AgentState, _: None) -> tuple[AgentState, Any]:
-            return agent.update(state, row(draws, state.updates - start))
-
-        state, metrics = jax.lax.scan(one, whole(learner, rest, memory), None, length=updates)
-        return (*apart(state), jax.tree.map(jnp.mean, metrics))
-
-    return Programs(
-        init=jax.jit(agent.init),
-        begin=jax.jit(begin, donate_argnums=1),
-        step=jax.jit(step, donate_argnums=(1, 2)),
-        end=jax.jit(end, donate_argnums=(0, 1)),
-        cut=jax.jit(cut, donate_argnums=(0, 1)),
-        update=jax.jit(update, donate_argnums=(0, 1, 2)),
-        act=jax.jit(agent.exploit),
-    )
-
-
 def _fitting(expected: AgentState, state: AgentState) -> AgentState:
     """A copy of ``state``, checked against the shapes that this agent has."""
     want = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(expected)[0]}
     have = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]}
-    wrong = [name for name in want | have if name not in want or name not in have or (want[name].shape, want[name].dtype) != (have[name].shape, have[name].dtype)]
+    wrong = [
+        name
+        for name in want | have
+        if name not in want or name not in have or (want[name].shape, want[name].dtype) != (have[name].shape, have[name].dtype)
+    ]
     if wrong:
         name = wrong[0]
         got, need = (f"{tree[name].dtype}{list(tree[name].shape)}" if name in tree else "nothing" for tree in (have, want))

@@ -75,9 +75,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Named sets of options: ``DQN(env, **PRESETS["deck"])``. "deck" is the setting of the slide deck that this package starts from."""
 
 
-def dqn(
-    env_or_spaces: Any, *, network: Any = None, optimizer: optax.GradientTransformation | None = None, **options: Any
-) -> Agent:
+def dqn(env_or_spaces: Any, *, network: Any = None, optimizer: optax.GradientTransformation | None = None, **options: Any) -> Agent:
     """A DQN agent as pure functions.
 
     Floats among the options (gamma, learning_rate, tau, a constant epsilon) may be tracers: a sweep is a ``vmap`` over a function that
@@ -198,7 +196,14 @@ def dqn_options(**options: Any) -> DQNOptions:
     _require_number("tau", o.tau, 0, 1, open_low=True)
     if o.max_grad_norm is not None:
         _require_number("max_grad_norm", o.max_grad_norm, 0, math.inf, open_low=True)
-    for name, low in {"n_steps": 1, "batch_size": 1, "capacity": 1, "replay_start_size": 0, "update_interval": 1, "updates_per_interval": 1}.items():
+    for name, low in {
+        "n_steps": 1,
+        "batch_size": 1,
+        "capacity": 1,
+        "replay_start_size": 0,
+        "update_interval": 1,
+        "updates_per_interval": 1,
+    }.items():
         _require_int(name, getattr(o, name), low)
     if o.target_update_interval is not None:
         _require_int("target_update_interval", o.target_update_interval, 1)
@@ -257,7 +262,7 @@ def read_spaces(env_or_spaces: Any) -> tuple[gymnasium.Space, gymnasium.Space, i
 def _require_number(name: str, value: Any, low: float, high: float, open_low: bool = False) -> None:
     if isinstance(value, jax.core.Tracer):  # One value of a sweep: only its owner can check it.
         return
-    if isinstance(value, bool) or not isinstance(value, int | float | jax.Array) and not hasattr(value, "__float__"):
+    if isinstance(value, bool) or (not isinstance(value, int | float | jax.Array) and not hasattr(value, "__float__")):
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not (low < value if open_low else low <= value) or not value <= high or math.isinf(value):
         raise ValueError(f"{name} must be in {'(' if open_low else '['}{low}, {high}], got {value}")

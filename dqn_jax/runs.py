@@ -95,7 +95,9 @@ class HostRuns:
             statistics = agent.get_statistics()
             returns, lengths = np.mean(ended, axis=0) if ended else (np.nan, np.nan)
             means = {name.removeprefix("average_"): value for name, value in statistics.items() if name.startswith("average_")}
-            curve.append({"episodes": len(ended), "return": float(returns), "length": float(lengths), **means, "epsilon": statistics["epsilon"]})
+            curve.append(
+                {"episodes": len(ended), "return": float(returns), "length": float(lengths), **means, "epsilon": statistics["epsilon"]}
+            )
         return curve
 
     def evaluate(self) -> np.ndarray:
@@ -236,5 +238,3 @@ def _play_batch(agent: DQN, env: gymnasium.vector.VectorEnv, seed: int) -> Itera
 def make_runs(task: Task) -> HostRuns | CompiledRuns:
     """The compiled driver for a JAX environment, the host driver for any other."""
     return CompiledRuns(task) if envs.is_jax_env(task.env) else HostRuns(task)
-
-

@@ -50,6 +50,10 @@ def _leaf_dtype(space: spaces.Space) -> np.dtype:
     return np.dtype(space.dtype)
 
 
+def _shape(space: spaces.Space) -> tuple[int, ...]:
+    return tuple(space.shape or ())
+
+
 def example(space: spaces.Space, num_envs: int) -> Any:
     """Zeros of the shape and dtype in which observations of this space are kept, ``[N, ...]``.
 
@@ -58,14 +62,14 @@ def example(space: spaces.Space, num_envs: int) -> Any:
     """
     if is_masked(space):
         assert isinstance(space, spaces.Dict)
-        mask = np.ones((num_envs, *space["action_mask"].shape), np.bool_)
+        mask = np.ones((num_envs, *_shape(space["action_mask"])), np.bool_)
         return Masked(example(space["observation"], num_envs), mask)
     if isinstance(space, spaces.Dict):
         return {name: example(inner, num_envs) for name, inner in space.spaces.items()}
     if isinstance(space, spaces.Tuple):
         return tuple(example(inner, num_envs) for inner in space.spaces)
     if isinstance(space, spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
-        return np.zeros((num_envs, *space.shape), _leaf_dtype(space))
+        return np.zeros((num_envs, *_shape(space)), _leaf_dtype(space))
     raise NotImplementedError(
         f"observation space {space} is not supported; supported are Box, Discrete, MultiDiscrete, MultiBinary, and Dict or Tuple of "
         "these: convert it with gymnasium.wrappers.FlattenObservation or a wrapper of your own"
@@ -94,7 +98,7 @@ def features(space: spaces.Space) -> Callable[[chex.ArrayTree], chex.Array]:
             return jnp.concatenate([jax.nn.one_hot(c - low, n) for c, low, n in zip(columns, starts, sizes, strict=True)], axis=-1)
 
         return one_hots
-    scale = 255.0 if space.dtype == np.uint8 and len(space.shape or ()) > 1 else 1.0
+    scale = 255.0 if space.dtype == np.uint8 and len(_shape(space)) > 1 else 1.0
     return lambda x: x.reshape(x.shape[0], -1).astype(jnp.float32) / scale
 
 
@@ -116,7 +120,7 @@ def _check(space: spaces.Space, lead: tuple[int, ...], name: str) -> Check:
     if is_masked(space):
         assert isinstance(space, spaces.Dict)
         inner = _check(space["observation"], lead, f"{name}['observation']")
-        mask = _mask_check(space["action_mask"].shape or (), lead, f"{name}['action_mask']")
+        mask = _mask_check(_shape(space["action_mask"]), lead, f"{name}['action_mask']")
 
         def check_masked(value: Any) -> Masked:
             if isinstance(value, Masked):
@@ -149,12 +153,14 @@ def _check(space: spaces.Space, lead: tuple[int, ...], name: str) -> Check:
 
 def _leaf_check(space: spaces.Space, lead: tuple[int, ...], name: str) -> Check:
     dtype = _leaf_dtype(space)
-    shape = (*lead, *(space.shape or ()))
+    shape = (*lead, *_shape(space))
     kept = shape if lead else (1, *shape)
     real = dtype.kind == "f"
     choices = isinstance(space, spaces.Discrete | spaces.MultiDiscrete)
-    low = space.start if choices else 0
-    high = (space.start + (space.n if isinstance(space, spaces.Discrete) else space.nvec) - 1) if choices else 0
+    low = high = np.asarray(0)
+    if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
+        low = np.asarray(space.start)
+        high = low + (space.n if isinstance(space, spaces.Discrete) else space.nvec) - 1
 
     def check(value: Any) -> np.ndarray:
         array = np.asarray(value)

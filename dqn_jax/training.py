@@ -15,7 +15,6 @@ import numpy as np
 
 from dqn_jax.types import Agent, AgentState, Env, RunState, Transition
 
-
 CYCLES_PER_BLOCK = 64
 
 

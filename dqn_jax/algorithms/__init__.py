@@ -1,0 +1,1 @@
+"""Algorithms: one file each, a function that returns an ``Algorithm``."""

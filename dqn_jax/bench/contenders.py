@@ -16,6 +16,7 @@ import numpy as np
 import optax
 from flax.training.train_state import TrainState
 
+from dqn_jax.algorithms.dqn import DQNState
 from dqn_jax.networks import QNetwork
 from dqn_jax.presets import DQN, dqn
 from dqn_jax.training import evaluate, train
@@ -47,9 +48,9 @@ OURS: dict[str, Any] = {
 
 
 def epsilon_at(step: Any) -> Any:
-    """The chance of a random action after ``step`` transitions, a Python number or an array."""
+    """The chance of a random action after ``step`` transitions, an int or an array."""
     start, end, decay_steps = EPSILON
-    lowest = jnp.minimum if isinstance(step, jax.Array) else min
+    lowest = min if isinstance(step, int) else jnp.minimum
     return start + (end - start) * lowest(step / decay_steps, 1.0)
 
 
@@ -73,7 +74,7 @@ def host_ours(env: gymnasium.Env, interval: int, steps: int, seed: int) -> HostL
 
     def run() -> None:
         observation, _ = env.reset(seed=seed)
-        reward = 0.0
+        reward: Any = 0.0
         for _ in range(steps):
             action = agent.act_and_train(observation, reward)
             observation, reward, terminated, truncated, _ = env.step(action)
@@ -107,7 +108,7 @@ class Replay:
         return self._observations[rows], self._actions[rows], self._rewards[rows], self._successors[rows], self._terminations[rows]
 
 
-def q_loss(network: QNetwork, params: Any, target_params: Any, batch: tuple[Any, ...]) -> tuple[chex.Array, chex.Array]:
+def q_loss(network: Any, params: Any, target_params: Any, batch: tuple[Any, ...]) -> tuple[chex.Array, chex.Array]:
     """The mean squared TD error of a batch ``(observation, action, reward, successor, terminated)``, and the values."""
     observation, action, reward, successor, terminated = batch
     target = reward + GAMMA * (1.0 - terminated) * jnp.max(network.apply(target_params, successor), axis=-1)  # [B]
@@ -122,12 +123,12 @@ class TargetTrainState(TrainState):
 
 
 def host_cleanrl_style(env: gymnasium.Env, interval: int, steps: int, seed: int) -> HostLoop:
-    """After CleanRL's dqn_jax: a vector environment of one, a NumPy replay, a jitted network asked only for greedy actions, a TrainState."""
+    """After CleanRL's dqn_jax: a vector environment of one, a NumPy replay, a jitted network asked when greedy, a TrainState."""
     envs = gymnasium.vector.SyncVectorEnv(
         [lambda: gymnasium.wrappers.RecordEpisodeStatistics(env)], autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP
     )
     replay, rng, network = Replay(seed), random.Random(seed), QNetwork(2, HIDDEN)
-    apply = jax.jit(network.apply)
+    apply: Callable[..., chex.Array] = jax.jit(network.apply)
     params = network.init(jax.random.key(seed), jnp.zeros((1, 4)))
     state = TargetTrainState.create(apply_fn=apply, params=params, target_params=params, tx=optax.adam(LEARNING_RATE))
     updates = 0
@@ -140,13 +141,14 @@ def host_cleanrl_style(env: gymnasium.Env, interval: int, steps: int, seed: int)
 
     def run() -> None:
         nonlocal state, updates
-        observation, _ = envs.reset(seed=seed)
+        observation: np.ndarray = envs.reset(seed=seed)[0]
         for step in range(steps):
             if rng.random() < epsilon_at(step):
                 action = np.array([rng.randrange(2)])
             else:
                 action = jax.device_get(apply(state.params, observation).argmax(axis=-1))
-            following, reward, terminated, truncated, infos = envs.step(action)
+            results: tuple[Any, ...] = envs.step(action)
+            following, reward, terminated, truncated, infos = results
             successor = infos["final_obs"][0] if terminated[0] or truncated[0] else following[0]
             replay.add(observation[0], action[0], reward[0], successor, terminated[0])
             observation = following
@@ -216,11 +218,11 @@ def host_sb3(env: gymnasium.Env, interval: int, steps: int, seed: int) -> HostLo
         seed=seed,
         device="cpu",
     )
-    return HostLoop(
-        lambda: None if model.learn(steps) else None,
-        lambda observation: int(model.predict(observation, deterministic=True)[0]),
-        lambda: model._n_updates,
-    )
+
+    def run() -> None:
+        model.learn(steps)
+
+    return HostLoop(run, lambda observation: int(model.predict(observation, deterministic=True)[0]), lambda: model._n_updates)
 
 
 class Outcome(NamedTuple):
@@ -231,15 +233,9 @@ class Outcome(NamedTuple):
     steps: chex.Array
 
 
-def compiled_steps(interval: int, steps: int) -> int:
+def compiled_steps(env: Env, interval: int, steps: int) -> int:
     """The steps of a compiled run: what is asked for, rounded up as this package rounds it."""
-    env = Env(lambda key: None, lambda key, state, action: None, *_cartpole_spaces(), None)
     return train(dqn(env, update_interval=interval, **OURS), env, num_steps=steps).num_steps
-
-
-def _cartpole_spaces() -> tuple[gymnasium.Space, gymnasium.Space]:
-    env = gymnasium.make("CartPole-v1")
-    return env.observation_space, env.action_space
 
 
 def compiled_ours(env: Env, interval: int, steps: int) -> Callable[[chex.PRNGKey], Outcome]:
@@ -314,10 +310,9 @@ def compiled_purejaxrl_style(env: Env, interval: int, steps: int) -> Callable[[c
 
 def greedy_returns(env: Env, params: Any, key: chex.PRNGKey) -> chex.Array:
     """Returns of greedy episodes ``[episodes]`` with the network that all compiled contenders share."""
-    agent = dqn(env, **OURS)
-    agent = agent._replace(exploit=lambda params, observation: jnp.argmax(QNetwork(2, HIDDEN).apply(params, observation), axis=-1))
-    state = AgentState(params, *((),) * 5)
-    return evaluate(agent, env, num_episodes=EVALUATION_EPISODES)(state, key)
+    nothing: Any = ()
+    state = AgentState(DQNState(params, *[nothing] * 3), *[nothing] * 5)
+    return evaluate(dqn(env, **OURS), env, num_episodes=EVALUATION_EPISODES)(state, key)
 
 
 HOST: dict[str, Callable[..., HostLoop]] = {

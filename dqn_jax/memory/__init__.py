@@ -1,0 +1,1 @@
+"""Memories: one file each, a function that returns a ``Memory``."""

@@ -1,0 +1,443 @@
+"""Every bad input: the kind of the error, what its message names, and an agent that is as it was."""
+
+import gymnasium
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from gymnasium import spaces
+
+import dqn_jax
+from dqn_jax import DQN, CheckpointError, Masked
+from dqn_jax.networks import Network
+
+PLAIN = (spaces.Box(-np.inf, np.inf, (3,), np.float32), spaces.Discrete(2))
+IMAGE = (spaces.Box(0, 255, (4, 4), np.uint8), spaces.Discrete(2))
+CHOICE = (spaces.Discrete(5), spaces.Discrete(2))
+TREE = (spaces.Dict({"a": spaces.Box(-1, 1, (2,), np.float32), "b": spaces.Tuple((spaces.Discrete(3), spaces.MultiBinary(2)))}), spaces.Discrete(2))
+MASKED = (spaces.Dict({"observation": spaces.Box(-1, 1, (2,), np.float32), "action_mask": spaces.MultiBinary(2)}), spaces.Discrete(2))
+
+
+def _first(observation):
+    return jax.tree.leaves(observation)[0].reshape(len(jax.tree.leaves(observation)[0]), -1)[:, :1].astype(jnp.float32)
+
+
+# It reads one number of any observation: what is tested here happens in front of the network.
+NETWORK = Network(lambda key, o: {"w": jnp.ones((1, 2))}, lambda params, o: _first(o) @ params["w"])
+SMALL = {
+    "network": NETWORK,
+    "optimizer": optax.sgd(1e-6),
+    "batch_size": 4,
+    "capacity": 32,
+    "replay_start_size": 4,
+    "update_interval": 4,
+    "epsilon": 0.1,
+}
+
+GOOD = {
+    "plain": (PLAIN, np.zeros(3, np.float32)),
+    "image": (IMAGE, np.zeros((4, 4), np.uint8)),
+    "choice": (CHOICE, 1),
+    "tree": (TREE, {"a": np.zeros(2, np.float32), "b": (1, np.zeros(2, np.int8))}),
+    "masked": (MASKED, {"observation": np.zeros(2, np.float32), "action_mask": np.ones(2, np.int8)}),
+}
+
+
+@pytest.fixture(scope="module")
+def agents():
+    """One agent for each kind of observation, with a step pending and some learning done."""
+    made = {}
+    for name, (both, good) in GOOD.items():
+        made[name] = DQN(both, **SMALL)
+        for _ in range(6):
+            made[name].act_and_train(good, 1.0)
+    return made
+
+
+@pytest.fixture(scope="module")
+def four():
+    agent = DQN(PLAIN, num_envs=4, **SMALL)
+    zeros = np.zeros((4, 3), np.float32)
+    agent.batch_act_and_train(zeros)
+    for _ in range(3):
+        agent.batch_act_and_train(zeros, np.ones(4), np.zeros(4, bool), np.zeros(4, bool))
+    return agent
+
+
+def unchanged_by(agent, call, go_on):
+    """Whether a call that raises leaves state, statistics and phase as they were, and the agent going on."""
+
+    def looks():
+        return dqn_jax.digest(agent.state), repr(agent.get_statistics())
+
+    before = looks()
+    with pytest.raises(Exception) as caught:
+        call()
+    assert looks() == before
+    steps = agent.get_statistics()["t"]
+    go_on()
+    assert agent.get_statistics()["t"] == steps + agent.num_envs  # The step that was pending is pending still: this call stored it.
+    return caught
+
+
+def check(caught, kind, message):
+    assert caught.type is kind, f"{caught.type.__name__}: {caught.value}"
+    assert message in str(caught.value)
+
+
+NAN, INF = float("nan"), float("inf")
+ZEROS = np.zeros(3, np.float32)
+OBSERVATIONS = [
+    ("plain", np.zeros(4, np.float32), ValueError, "observation has shape (4,), the agent was built for (3,)"),
+    ("plain", np.zeros((1, 3), np.float32), ValueError, "observation has shape (1, 3)"),
+    ("plain", np.float32(0), ValueError, "observation has shape ()"),
+    ("plain", np.array([0, NAN, 0], np.float32), ValueError, "observation[1] is nan"),
+    ("plain", np.array([0, 0, -INF], np.float32), ValueError, "observation[2] is -inf"),
+    ("plain", np.array([NAN, 0, INF], np.float32), ValueError, "2 of 3 entries"),
+    ("plain", np.zeros(3, np.int64), TypeError, "observation has dtype int64, expected float32"),
+    ("plain", np.zeros(3, np.complex64), TypeError, "complex64"),
+    ("plain", np.array(["a", "b", "c"]), TypeError, "observation has dtype <U1"),
+    ("plain", np.array([None, 0, 0]), TypeError, "observation has dtype object"),
+    ("plain", None, ValueError, "observation has shape ()"),
+    ("plain", {"a": ZEROS}, ValueError, "observation has shape ()"),
+    ("image", np.zeros((4, 4), np.float32), TypeError, "observation has dtype float32, expected uint8"),
+    ("image", np.full((4, 4), 300), ValueError, "values that uint8 cannot hold"),
+    ("image", np.full((4, 4), -1, np.int16), ValueError, "values that uint8 cannot hold"),
+    ("image", np.zeros((4, 4, 1), np.uint8), ValueError, "observation has shape (4, 4, 1)"),
+    ("choice", 5, ValueError, "observation is 5, outside Discrete(5)"),
+    ("choice", -1, ValueError, "observation is -1, outside Discrete(5)"),
+    ("choice", 1.0, TypeError, "observation has dtype float64"),
+    ("choice", np.zeros(5), ValueError, "observation has shape (5,)"),
+    ("tree", {"a": np.zeros(2, np.float32)}, TypeError, "observation must be a dict with the keys ['a', 'b'], got a dict with the keys ['a']"),
+    ("tree", np.zeros(2, np.float32), TypeError, "observation must be a dict"),
+    ("tree", {"a": np.zeros(2, np.float32), "b": (1,)}, TypeError, "observation['b'] must be a tuple of 2"),
+    ("tree", {"a": np.zeros(2, np.float32), "b": (3, np.zeros(2, np.int8))}, ValueError, "observation['b'][0] is 3"),
+    ("tree", {"a": np.array([0, NAN], np.float32), "b": (1, np.zeros(2, np.int8))}, ValueError, "observation['a'][1] is nan"),
+    ("masked", np.zeros(2, np.float32), TypeError, "observation must be a Masked or a dict"),
+    ("masked", {"observation": np.zeros(2, np.float32)}, TypeError, "observation must be a Masked or a dict"),
+    ("masked", Masked(np.zeros(2, np.float32), np.ones(3, bool)), ValueError, "observation['action_mask'] has shape (3,), expected (2,)"),
+    ("masked", Masked(np.zeros(2, np.float32), np.ones(2)), TypeError, "observation['action_mask'] has dtype float64"),
+    ("masked", Masked(np.zeros(2, np.float32), np.zeros(2, bool)), ValueError, "action_mask allows no action"),
+]
+
+
+@pytest.mark.parametrize(("name", "bad", "kind", "message"), OBSERVATIONS)
+def test_bad_observation(agents, name, bad, kind, message):
+    agent, good = agents[name], GOOD[name][1]
+
+    def go_on():
+        agent.act_and_train(good, 1.0)
+
+    check(unchanged_by(agent, lambda: agent.act_and_train(bad, 1.0), go_on), kind, message)
+    check(unchanged_by(agent, lambda: agent.act(bad), go_on), kind, message)
+    if "allows no action" not in message:  # What a terminated episode may end on.
+        check(unchanged_by(agent, lambda: agent.stop_episode_and_train(bad, 1.0), go_on), kind, message)
+
+
+def test_a_truncated_episode_may_not_end_where_everything_is_forbidden(agents):
+    # Its value is bootstrapped, and there is none: with the lowest finite number in its place the target would be -3e38.
+    agent, good = agents["masked"], GOOD["masked"][1]
+    nothing = Masked(np.zeros(2, np.float32), np.zeros(2, bool))
+
+    def go_on():
+        agent.act_and_train(good, 1.0)
+
+    check(unchanged_by(agent, lambda: agent.stop_episode_and_train(nothing, 1.0, terminated=False), go_on), ValueError, "action_mask")
+
+
+REWARDS = [
+    (NAN, ValueError, "reward is nan"),
+    (-INF, ValueError, "reward is -inf"),
+    (np.float64(1e300), ValueError, "reward is 1e+300"),
+    (np.ones(1), ValueError, "reward has shape (1,), expected ()"),
+    ([1.0, 2.0], ValueError, "reward has shape (2,), expected ()"),
+    (None, TypeError, "reward has dtype object"),
+    ("1", TypeError, "reward has dtype <U1"),
+    (1j, TypeError, "reward has dtype complex128"),
+]
+
+
+@pytest.mark.parametrize(("bad", "kind", "message"), REWARDS)
+def test_bad_reward(agents, bad, kind, message):
+    agent = agents["plain"]
+
+    def go_on():
+        agent.act_and_train(ZEROS, 1.0)
+
+    check(unchanged_by(agent, lambda: agent.act_and_train(ZEROS, bad), go_on), kind, message)
+    check(unchanged_by(agent, lambda: agent.stop_episode_and_train(ZEROS, bad), go_on), kind, message)
+
+
+@pytest.mark.parametrize("good", [1, True, 0.5, np.float64(2), np.int8(3), np.float16(4), jnp.float32(5), np.array(6)])
+def test_rewards_of_every_scalar_kind_are_taken(agents, good):
+    agents["plain"].act_and_train(ZEROS, good)
+    state = agents["plain"].state.memory
+    assert float(state.rows.reward[(int(state.cursor) - 1) % 32, 0]) == float(good)
+
+
+def test_observations_of_every_real_kind_are_taken(agents):
+    agent = agents["plain"]
+    for good in ([0.1, 0.2, 0.3], (0.1, 0.2, 0.3), np.array([0.1, 0.2, 0.3]), jnp.array([0.1, 0.2, 0.3]), np.array([0.1, 0.2, 0.3], np.float16)):
+        agent.act_and_train(good, 1.0)
+    agent.act(np.full(3, 1e30, np.float32))  # Large, and finite all the same.
+
+
+FLAGS = [(bad, TypeError, f"terminated is {bad!r}, expected True or False") for bad in (1, 0, None, "True", np.float32(1))]
+
+
+@pytest.mark.parametrize(("bad", "kind", "message"), [*FLAGS, ([True], ValueError, "terminated has shape (1,)")])
+def test_bad_terminated(agents, bad, kind, message):
+    agent = agents["plain"]
+    caught = unchanged_by(agent, lambda: agent.stop_episode_and_train(ZEROS, 1.0, bad), lambda: agent.act_and_train(ZEROS, 1.0))
+    check(caught, kind, message)
+
+
+def test_stopping_without_an_episode(agents):
+    agent = agents["choice"]
+    agent.stop_episode_and_train(1, 1.0)
+    before = dqn_jax.digest(agent.state)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no episode is open: call act_and_train"):
+            agent.stop_episode_and_train(1, 1.0)
+    assert dqn_jax.digest(agent.state) == before
+    agent.act_and_train(1, 1.0)
+
+
+F4, Z4 = np.zeros(4, bool), np.zeros((4, 3), np.float32)
+BATCHES = [
+    ((Z4[:3], np.ones(4), F4, F4), ValueError, "observation has shape (3, 3), the agent was built for (4, 3)"),
+    ((Z4, np.ones((4, 1)), F4, F4), ValueError, "reward has shape (4, 1), expected (4,)"),
+    ((Z4, 1.0, F4, F4), ValueError, "reward has shape (), expected (4,)"),
+    ((Z4, np.array([0, 0, NAN, 0]), F4, F4), ValueError, "reward is"),
+    ((Z4, None, F4, F4), ValueError, "reward has shape (), expected (4,)"),
+    ((Z4, np.ones(4), None, F4), TypeError, "terminated is None"),
+    ((Z4, np.ones(4), np.zeros(4), F4), TypeError, "terminated is"),
+    ((Z4, np.ones(4), False, F4), ValueError, "terminated has shape (), expected (4,)"),
+    ((Z4, np.ones(4), F4, np.zeros(4, int)), TypeError, "truncated is"),
+    ((Z4, np.ones(4), ~F4, F4), ValueError, "next_observation was not given"),
+    ((Z4, np.ones(4), F4, ~F4), ValueError, "next_observation was not given"),
+    ((Z4, np.ones(4), ~F4, F4, Z4[0]), ValueError, "observation has shape (3,)"),
+    ((Z4, np.ones(4), ~F4, F4, Z4 * NAN), ValueError, "observation[0, 0] is nan"),
+    ((Z4 + INF, np.ones(4), F4, F4), ValueError, "observation[0, 0] is inf"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "kind", "message"), BATCHES)
+def test_bad_batch(four, arguments, kind, message):
+    def go_on():
+        four.batch_act_and_train(Z4, np.ones(4), F4, F4)
+
+    check(unchanged_by(four, lambda: four.batch_act_and_train(*arguments), go_on), kind, message)
+
+
+def test_scalar_methods_of_an_agent_of_four(four):
+    def go_on():
+        four.batch_act_and_train(Z4, np.ones(4), F4, F4)
+
+    for call in (lambda: four.act_and_train(ZEROS, 1.0), lambda: four.stop_episode_and_train(ZEROS, 1.0)):
+        check(unchanged_by(four, call, go_on), RuntimeError, "built for 4 environments: use batch_act_and_train")
+
+
+def test_a_batch_may_not_be_truncated_where_everything_is_forbidden():
+    agent = DQN(MASKED, num_envs=2, **SMALL)
+    good = Masked(np.zeros((2, 2), np.float32), np.ones((2, 2), bool))
+    nothing = good._replace(action_mask=np.array([[True, True], [False, False]]))
+    no, yes = np.zeros(2, bool), np.array([False, True])
+    agent.batch_act_and_train(good)
+
+    def go_on():
+        agent.batch_act_and_train(good, np.ones(2), no, no)
+
+    check(unchanged_by(agent, lambda: agent.batch_act_and_train(good, np.ones(2), no, yes, nothing), go_on), ValueError, "action_mask")
+    check(unchanged_by(agent, lambda: agent.batch_act_and_train(nothing, np.ones(2), no, no), go_on), ValueError, "action_mask")
+    agent.batch_act_and_train(good, np.ones(2), yes, no, nothing)  # Terminated: there is no value.
+
+
+FLOAT_BOX = spaces.Box(-1, 1, (2,), np.float32)
+CONSTRUCTION = [
+    ((PLAIN[0], FLOAT_BOX), ValueError, "DQN needs a Discrete action space, got Box(-1.0, 1.0, (2,), float32)"),
+    ((PLAIN[0], spaces.MultiDiscrete([2, 2])), ValueError, "DQN needs a Discrete action space"),
+    ((PLAIN[0], spaces.Discrete(3, start=1)), NotImplementedError, "actions must start at 0, got Discrete(3, start=1)"),
+    ((spaces.Text(5), PLAIN[1]), NotImplementedError, "observation space Text"),
+    ((spaces.Sequence(FLOAT_BOX), PLAIN[1]), NotImplementedError, "is not supported; supported are Box, Discrete"),
+    ((spaces.Dict({"a": spaces.Graph(FLOAT_BOX, None)}), PLAIN[1]), NotImplementedError, "observation space Graph"),
+    ((PLAIN[0],), TypeError, "expected an environment or the pair"),
+    ("CartPole-v1", TypeError, "expected an environment or the pair (observation_space, action_space), got str"),
+    ((4, 2), TypeError, "expected an environment or the pair"),
+]
+
+
+@pytest.mark.parametrize(("both", "kind", "message"), CONSTRUCTION)
+@pytest.mark.parametrize("build", [DQN, dqn_jax.dqn])
+def test_bad_spaces(both, kind, message, build):
+    with pytest.raises(Exception) as caught:
+        build(both, **SMALL)
+    check(caught, kind, message)
+
+
+def test_a_mask_of_another_length_than_the_actions():
+    both = (spaces.Dict({"observation": FLOAT_BOX, "action_mask": spaces.MultiBinary(3)}), spaces.Discrete(2))
+    with pytest.raises(ValueError, match=r"action_mask.*3.*2"):
+        DQN(both, **SMALL)
+
+
+def test_vector_environment_and_num_envs_that_differ():
+    mode = {"autoreset_mode": gymnasium.vector.AutoresetMode.SAME_STEP}
+    envs = gymnasium.make_vec("CartPole-v1", 2, vectorization_mode="sync", vector_kwargs=mode)
+    with pytest.raises(ValueError, match="num_envs is 3, the vector environment has 2"):
+        DQN(envs, num_envs=3)
+
+
+OPTIONS = [
+    ({"bath_size": 4}, TypeError, "no option 'bath_size': did you mean batch_size?"),
+    ({"lerning_rate": 1e-3}, TypeError, "did you mean learning_rate?"),
+    ({"zzz": 1}, TypeError, "no option 'zzz': the options are batch_size, "),
+    ({"batch_size": 33}, ValueError, "batch_size 33 exceeds capacity 32"),
+    ({"replay_start_size": 33}, ValueError, "replay_start_size 33 exceeds capacity 32"),
+    ({"n_steps": 33}, ValueError, "fewer than n_steps 33"),
+    ({"gamma": 1.5}, ValueError, "gamma must be in [0, 1], got 1.5"),
+    ({"gamma": -0.1}, ValueError, "gamma"),
+    ({"gamma": NAN}, ValueError, "gamma"),
+    ({"gamma": "high"}, TypeError, "gamma must be a number, got 'high'"),
+    ({"gamma": True}, TypeError, "gamma must be a number, got True"),
+    ({"gamma": None}, TypeError, "gamma"),
+    ({"learning_rate": 0}, ValueError, "learning_rate must be in (0, inf], got 0"),
+    ({"learning_rate": -1.0}, ValueError, "learning_rate"),
+    ({"learning_rate": INF}, ValueError, "learning_rate"),
+    ({"learning_rate": "1e-3"}, TypeError, "learning_rate must be a number"),
+    ({"tau": 0}, ValueError, "tau must be in (0, 1], got 0"),
+    ({"tau": 1.1}, ValueError, "tau"),
+    ({"tau": "x"}, TypeError, "tau"),
+    ({"max_grad_norm": 0}, ValueError, "max_grad_norm"),
+    ({"max_grad_norm": "x"}, TypeError, "max_grad_norm"),
+    ({"n_steps": 0}, ValueError, "n_steps must be at least 1, got 0"),
+    ({"n_steps": 2.0}, TypeError, "n_steps must be a whole number, got 2.0"),
+    ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
+    ({"batch_size": True}, TypeError, "batch_size"),
+    ({"capacity": 0}, ValueError, "capacity"),
+    ({"capacity": 1e4}, TypeError, "capacity must be a whole number, got 10000.0"),
+    ({"replay_start_size": -1}, ValueError, "replay_start_size must be at least 0, got -1"),
+    ({"replay_start_size": "4"}, TypeError, "replay_start_size"),
+    ({"update_interval": 0}, ValueError, "update_interval"),
+    ({"update_interval": 0.5}, TypeError, "update_interval"),
+    ({"updates_per_interval": 0}, ValueError, "updates_per_interval"),
+    ({"updates_per_interval": None}, TypeError, "updates_per_interval"),
+    ({"target_update_interval": 0}, ValueError, "target_update_interval"),
+    ({"target_update_interval": 1.5}, TypeError, "target_update_interval"),
+    ({"network": None, "hidden": ()}, ValueError, "hidden is empty"),
+    ({"network": None, "hidden": (0,)}, ValueError, "hidden must be at least 1, got 0"),
+    ({"network": None, "hidden": (8.0,)}, TypeError, "hidden must be a whole number, got 8.0"),
+    ({"network": None, "hidden": 64}, TypeError, "hidden"),
+    ({"network": None, "hidden": "64"}, TypeError, "hidden"),
+    ({"network": "mlp"}, TypeError, "network"),
+    ({"optimizer": "adam"}, TypeError, "optimizer"),
+    ({"loss": "l1"}, ValueError, "loss must be 'huber' or 'mse', got 'l1'"),
+    ({"double": "no"}, TypeError, "double"),
+    ({"epsilon": 1.5}, ValueError, "epsilon must be in [0, 1], got 1.5"),
+    ({"epsilon": "0.1"}, TypeError, "epsilon"),
+    ({"epsilon": None}, TypeError, "epsilon"),
+    ({"epsilon": (1.0, 0.1)}, ValueError, "epsilon must be (start, end, decay steps)"),
+    ({"epsilon": (2.0, 0.1, 10)}, ValueError, "epsilon's start"),
+    ({"epsilon": (1.0, -0.1, 10)}, ValueError, "epsilon's end"),
+    ({"epsilon": (1.0, 0.1, 10.5)}, TypeError, "epsilon's decay steps"),
+    ({"epsilon": (1.0, 0.1, -1)}, ValueError, "epsilon's decay steps"),
+    ({"num_envs": 3}, ValueError, "every 4 transitions does not fit 3 environments"),
+    ({"num_envs": 0}, ValueError, "num_envs must be at least 1, got 0"),
+    ({"num_envs": -1}, ValueError, "num_envs must be at least 1, got -1"),
+    ({"num_envs": 2.0}, TypeError, "num_envs"),
+    ({"num_envs": 64}, ValueError, "capacity 32 leaves 0 rows for each of 64 environments"),
+    ({"seed": "one"}, TypeError, "seed"),
+    ({"seed": 0.5}, TypeError, "seed"),
+]
+
+
+@pytest.mark.parametrize(("options", "kind", "message"), OPTIONS)
+def test_bad_option(options, kind, message):
+    with pytest.raises(Exception) as caught:
+        DQN(PLAIN, **{**SMALL, **options})
+    check(caught, kind, message)
+
+
+@pytest.mark.parametrize(("interval", "num_envs", "nearest"), [(4, 6, "4 and 8"), (8, 3, "2 and 4"), (3, 2, "1 and 3")])
+def test_a_period_that_does_not_fit_names_both_numbers_and_the_nearest(interval, num_envs, nearest):
+    agent = dqn_jax.dqn(PLAIN, **{**SMALL, "update_interval": interval})
+    with pytest.raises(ValueError, match=f"every {interval} transitions does not fit {num_envs} environments.*nearest.* {nearest}"):
+        agent.cadence(num_envs)
+    legal = [int(word) for word in nearest.split(" and ")]
+    assert all(agent.cadence(number).updates >= 1 for number in legal)
+
+
+def _write(path, content):
+    path.write_bytes(content)
+    return path
+
+
+@pytest.fixture(scope="module")
+def saved(agents, tmp_path_factory):
+    path = tmp_path_factory.mktemp("saved") / "agent"
+    agents["plain"].save(path)
+    return path.read_bytes()
+
+
+def other_checkpoint(path, both=PLAIN, **options):
+    DQN(both, **{**SMALL, **options}).save(path)
+    return path
+
+
+WIDER = Network(lambda key, o: {"w": jnp.ones((2, 2))}, lambda params, o: _first(o) @ params["w"][:1])
+CHECKPOINTS = {
+    "missing": (lambda path, saved: path / "nowhere", FileNotFoundError, "no checkpoint at"),
+    "folder": (lambda path, saved: path, FileNotFoundError, "no checkpoint at"),
+    "empty": (lambda path, saved: _write(path / "x", b""), CheckpointError, "is not a checkpoint"),
+    "foreign": (lambda path, saved: _write(path / "x", b"PK\x03\x04 some archive of another program" * 9), CheckpointError, "is not a checkpoint"),
+    "text": (lambda path, saved: _write(path / "x", b"{}"), CheckpointError, "is not a checkpoint"),
+    "truncated": (lambda path, saved: _write(path / "x", saved[:-7]), CheckpointError, "damaged"),
+    "cut in the header": (lambda path, saved: _write(path / "x", saved[:200]), CheckpointError, "damaged"),
+    "longer": (lambda path, saved: _write(path / "x", saved + b"\0" * 8), CheckpointError, "damaged"),
+    "another network": (lambda path, saved: other_checkpoint(path / "x", network=WIDER), CheckpointError, "does not fit this agent"),
+    "another capacity": (lambda path, saved: other_checkpoint(path / "x", capacity=16), CheckpointError, ".memory.rows.reward: saved ((16, 1)"),
+    "another optimizer": (lambda path, saved: other_checkpoint(path / "x", optimizer=optax.adam(1e-3)), CheckpointError, "only in the file"),
+    "another space": (lambda path, saved: other_checkpoint(path / "x", both=CHOICE), CheckpointError, "does not fit this agent"),
+    "more environments": (lambda path, saved: other_checkpoint(path / "x", num_envs=4), CheckpointError, "'num_envs': 4"),
+}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_bad_checkpoint(agents, saved, tmp_path, name):
+    make, kind, message = CHECKPOINTS[name]
+    agent, path = agents["plain"], make(tmp_path, saved)
+    caught = unchanged_by(agent, lambda: agent.load(path), lambda: agent.act_and_train(ZEROS, 1.0))
+    check(caught, kind, message)
+
+
+def test_a_flipped_bit_anywhere_is_noticed(agents, saved, tmp_path):
+    agent, path = agents["plain"], tmp_path / "flipped"
+    rng = np.random.default_rng(0)
+    header = 8 + int.from_bytes(saved[:8], "little")
+    places = [*rng.integers(0, header, 150).tolist(), *rng.integers(header, len(saved), 100).tolist()]
+    before, wrong = dqn_jax.digest(agent.state), []
+    for place in places:
+        damaged = bytearray(saved)
+        damaged[place] ^= 1 << int(rng.integers(8))
+        path.write_bytes(damaged)
+        try:
+            agent.load(path)
+            wrong.append((place, "loaded", bytes(damaged[place - 20 : place + 20])))
+            break
+        except CheckpointError:
+            pass
+        except Exception as error:
+            wrong.append((place, repr(error), bytes(damaged[place - 20 : place + 20])))
+    assert not wrong, wrong[:5]
+    assert dqn_jax.digest(agent.state) == before
+    agent.act_and_train(ZEROS, 1.0)
+
+
+def test_a_state_of_another_agent_is_refused(agents):
+    state = agents["plain"].state
+    with pytest.raises(ValueError, match=r"does not fit this agent in \d+ places, first .*got .*, expected "):
+        DQN.from_state(PLAIN, state, **{**SMALL, "capacity": 16})
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), state)
+    with pytest.raises(ValueError, match=r"pass one seed of it \(result.seed\(0\).state\)"):
+        DQN.from_state(PLAIN, stacked, **SMALL)

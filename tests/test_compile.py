@@ -1,0 +1,311 @@
+"""What is compiled, how often, and that no program copies the replay: read off the optimised programs, at full size, allocating nothing."""
+
+import functools
+import logging
+import math
+import re
+
+import gymnasium
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dqn_jax import DQN, digest, dqn, envs, online, train
+from dqn_jax.programs import compile_programs
+
+OBSERVATION_SPACE = gymnasium.spaces.Box(-np.inf, np.inf, (8,))
+ACTION_SPACE = gymnasium.spaces.Discrete(4)
+SPACES = OBSERVATION_SPACE, ACTION_SPACE
+SMALL = {"hidden": (8,), "batch_size": 4, "replay_start_size": 4, "update_interval": 2}
+
+
+# How often.
+
+
+@pytest.fixture(scope="module")
+def host():
+    """An agent that has met everything that it ever compiles for: two ends of an episode, a cut, an update, a greedy action."""
+    agent = DQN(SPACES, capacity=64, **SMALL)
+    for _ in range(2):
+        for _ in range(6):
+            agent.act_and_train(np.ones(8, np.float32), 1.0)
+        agent.stop_episode_and_train(np.ones(8, np.float32), 1.0, terminated=False)
+        agent.act_and_train(np.ones(8, np.float32), 0.0)
+        agent.act_and_train(np.ones(8, np.float32), 0.0)
+        agent.stop_episode()
+        agent.act(np.ones(8, np.float32))
+    return agent
+
+
+def compiled_in(caplog):
+    return [text for text in map(logging.LogRecord.getMessage, caplog.records) if text.startswith(("Compiling", "Finished XLA compilation"))]
+
+
+def compilations(agent):
+    programs = {name: program._cache_size() for name, program in agent._programs._asdict().items()}
+    return {**programs, "noise": agent._noise._draw._cache_size(), "draws": agent._draws._draw._cache_size()}
+
+
+def test_each_program_of_the_host_driver_is_compiled_once(host):
+    assert compilations(host) == dict.fromkeys(("init", "begin", "step", "end", "cut", "update", "act", "noise", "draws"), 1)
+
+
+@pytest.mark.parametrize(
+    "reward", [1.5, 2, True, np.float64(1.5), np.float32(1.5), np.int64(2), np.array(1.5), jnp.float32(1.5)], ids=lambda r: f"{type(r).__name__}"
+)
+@pytest.mark.parametrize(
+    "observation",
+    [np.ones(8, np.float32), np.ones(8), [1.0] * 8, np.ones(16, np.float32)[::2], jnp.ones(8), np.ones(8, np.float16)],
+    ids=["float32", "float64", "list", "strided", "jax", "float16"],
+)
+def test_no_kind_of_scalar_or_observation_compiles_anything_again(host, reward, observation, caplog):
+    before = compilations(host)
+    with jax.log_compiles(), caplog.at_level(logging.DEBUG, logger="jax"):
+        for _ in range(5):  # more than an update interval
+            host.act_and_train(observation, reward)
+        host.act(observation)
+        host.stop_episode_and_train(observation, reward)
+    assert compilations(host) == before
+    assert not compiled_in(caplog)
+
+
+def test_the_log_of_compilations_is_heard(caplog):
+    with jax.log_compiles(), caplog.at_level(logging.DEBUG, logger="jax"):
+        jax.jit(lambda x: x + 41)(1.0)
+    assert compiled_in(caplog)
+
+
+def test_batches_compile_the_step_once_with_successors_and_once_without():
+    agent = DQN(SPACES, num_envs=2, capacity=64, **SMALL)
+    observation, no = np.ones((2, 8), np.float32), np.zeros(2, bool)
+    for reward in ([1, 2], [0.5, 1.0], np.ones(2), np.ones(2, np.float32), jnp.ones(2), (True, False)):
+        agent.batch_act_and_train(observation, reward, no, no)
+        agent.batch_act_and_train(observation, reward, no, ~no, observation.astype(np.float64))
+    assert {**compilations(agent), "end": 0, "cut": 1, "act": 0, "step": 2} == compilations(agent)
+    assert compilations(agent)["update"] == compilations(agent)["begin"] == 1
+
+
+@pytest.mark.parametrize("num_envs", [1, 2])
+def test_compile_leaves_nothing_to_compile_and_changes_nothing(num_envs, caplog):
+    agent = DQN(SPACES, num_envs=num_envs, capacity=64, **SMALL)
+    before = digest(agent.state)
+    agent.compile()
+    assert digest(agent.state) == before
+    compiled = compilations(agent)
+    assert set(compiled.values()) == {1}
+    with jax.log_compiles(), caplog.at_level(logging.DEBUG, logger="jax"):
+        for _ in range(8):
+            if num_envs == 1:
+                agent.act_and_train(np.ones(8), 1)
+            else:
+                agent.batch_act_and_train(np.ones((2, 8)), np.ones(2), np.zeros(2, bool), np.zeros(2, bool), np.ones((2, 8)))
+    assert compilations(agent) == compiled
+    assert not compiled_in(caplog)
+
+
+# Donation.
+
+
+def test_donated_inputs_are_gone(host):
+    def leaves(*places):
+        return [leaf for place in places for leaf in jax.tree.leaves(host._cell[place])]
+
+    host.stop_episode()
+    before = leaves(online.REST, online.MEMORY)
+    host.act_and_train(np.ones(8), 0.0)  # cuts and begins
+    assert all(leaf.is_deleted() for leaf in before)
+    for _ in range(4):
+        stored, learnt = leaves(online.REST, online.MEMORY), leaves(online.LEARNER)
+        updates = host.get_statistics()["n_updates"]
+        host.act_and_train(np.ones(8), 1.0)
+        assert all(leaf.is_deleted() for leaf in stored)
+        assert all(leaf.is_deleted() for leaf in learnt) == (host.get_statistics()["n_updates"] > updates)
+    stored = leaves(online.REST, online.MEMORY)
+    host.stop_episode_and_train(np.ones(8), 1.0)
+    assert all(leaf.is_deleted() for leaf in stored)
+
+
+def test_nobody_outside_holds_what_is_donated(host):
+    state = host.state
+    host.act_and_train(np.ones(8), 0.0)
+    host.act_and_train(np.ones(8), 1.0)
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+
+
+# Copies. A program is compiled from shapes alone, at a million transitions.
+
+CAPACITY = 1_000_000
+SEEDS = 4
+WIDTHS = {"pred": 1, "bf16": 2}
+SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
+MOVES = re.compile(r" = (.*?) (copy|copy-start|select|transpose|concatenate|pad)\(")
+
+
+def num_bytes(tree):
+    return sum(leaf_bytes(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def leaf_bytes(leaf):
+    return 0 if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else math.prod(leaf.shape) * leaf.dtype.itemsize
+
+
+def largest(text):
+    """The bytes of the largest array in a shape of the program's text: ``f32[4,8]{1,0}``, or a tuple of such."""
+
+    def size(dtype, dims):
+        width = WIDTHS.get(dtype) or max(1, int(re.sub(r"\D", "", dtype) or 0) // 8)
+        return width * math.prod(int(dim) for dim in dims.split(",") if dim)
+
+    return max((size(*found) for found in SHAPE.findall(text)), default=0)
+
+
+def moves(compiled, at_least):
+    """The operations of the optimised program that write as many bytes as that, to move them or to choose between them."""
+    found, entry = [], False
+    for line in compiled.as_text().splitlines():
+        if line.endswith("{") and not line.startswith(" "):
+            entry = line.startswith("ENTRY")
+        match = MOVES.search(line)
+        if match and largest(match.group(1)) >= at_least:
+            # A program that makes its replay fills one array with zeros and may copy that, once, into the next.
+            if not (entry and re.search(r"copy\(%\w*broadcast[\w.]*\)", line)):
+                found.append(line.strip())
+    return found
+
+
+def assert_in_place(program, *args, memory, donated=True):
+    """``program`` is jitted, ``args`` are shapes, ``memory`` the shapes of one replay."""
+    compiled = program.lower(*args).compile()
+    replay = num_bytes(memory)
+    assert replay > 50 * CAPACITY  # the shapes are those of the full size
+    assert not moves(compiled, max(map(leaf_bytes, jax.tree.leaves(memory))) // 2)
+    analysis = compiled.memory_analysis()
+    assert analysis.temp_size_in_bytes < replay // 10 + 1_000_000
+    if donated:
+        assert analysis.alias_size_in_bytes >= replay
+
+
+def stacked(tree, num):
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((num, *leaf.shape), leaf.dtype), tree)
+
+
+@functools.cache
+def big_agent(**options):
+    return dqn(SPACES, capacity=CAPACITY, **SMALL, **options)
+
+
+class Shapes:
+    """The arguments of the host driver's programs, as shapes."""
+
+    def __init__(self, agent, num_envs):
+        self.programs = compile_programs(agent, num_envs, agent.cadence(num_envs).updates)
+        self.observation = jax.ShapeDtypeStruct((num_envs, 8), jnp.float32)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        state = jax.eval_shape(agent.init, key, self.observation)
+        self.learner, self.memory, self.rest = state.learner, state.memory, state._replace(learner=(), memory=())
+        self.start = jax.ShapeDtypeStruct((), jnp.int32)
+        self.noise = stacked(jax.eval_shape(lambda s: agent.noise(s, 0, num_envs), state), 16)
+        self.draws = stacked(jax.eval_shape(agent.draw, state, self.start), 16)
+        self.outcome = jax.ShapeDtypeStruct((3, num_envs), jnp.float32)
+        self.pending = jax.eval_shape(self.programs.begin, self.learner, self.rest, self.observation, self.noise, self.start)[0]
+
+
+def host_arguments(s, name):
+    return {
+        "step": (s.learner, s.rest, s.memory, s.pending, s.observation, None, s.outcome, s.noise, s.start),
+        "step with successors": (s.learner, s.rest, s.memory, s.pending, s.observation, s.observation, s.outcome, s.noise, s.start),
+        "end": (s.rest, s.memory, s.pending, s.observation, s.outcome),
+        "cut": (s.rest, s.memory),
+        "update": (s.learner, s.rest, s.memory, s.draws, s.start),
+    }[name]
+
+
+@pytest.mark.parametrize("name", ["step", "step with successors", "end", "cut", "update"])
+@pytest.mark.parametrize(("num_envs", "n_steps"), [(1, 1), (4, 3)])
+def test_the_host_driver_copies_no_replay(name, num_envs, n_steps):
+    shapes = Shapes(big_agent(n_steps=n_steps), num_envs)
+    program = getattr(shapes.programs, name.split()[0])
+    assert_in_place(program, *host_arguments(shapes, name), memory=shapes.memory)
+
+
+def drift():
+    """An environment of the full observation shape."""
+
+    def reset(key):
+        state = jax.random.normal(key, (8,))
+        return state, state
+
+    def step(key, state, action):
+        state = state + 0.1 * jax.random.normal(key, (8,)) + action
+        return state, state, jnp.sum(state), state[0] > 3, jnp.zeros((), bool)
+
+    return envs.with_auto_reset(reset, step, OBSERVATION_SPACE, ACTION_SPACE, 20)
+
+
+@functools.cache
+def big_training(num_envs=1):
+    return train(big_agent(), drift(), num_steps=2_000, num_envs=num_envs, history_length=2)
+
+
+KEY = jax.eval_shape(lambda: jax.random.key(0))
+KEYS = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), SEEDS))
+
+
+@pytest.mark.parametrize("num_envs", [1, 4])
+def test_advance_copies_no_replay(num_envs):
+    training = big_training(num_envs)
+    run = jax.eval_shape(training.init, KEY)
+    assert_in_place(jax.jit(training.advance, donate_argnums=0), run, memory=run.agent.memory)
+
+
+def test_advance_of_several_seeds_copies_no_replay():
+    training = big_training()
+    runs = jax.eval_shape(jax.vmap(training.init), KEYS)
+    program = jax.jit(jax.vmap(training.advance), donate_argnums=0)
+    # Half the largest leaf of a single seed: a program must not copy one seed after the other either.
+    one = jax.eval_shape(training.init, KEY).agent.memory
+    assert_in_place(program, runs, memory=one)
+    assert program.lower(runs).compile().memory_analysis().alias_size_in_bytes >= SEEDS * num_bytes(one)
+
+
+@pytest.mark.parametrize("vmapped", [False, True], ids=["one seed", "several seeds"])
+def test_run_copies_no_replay(vmapped):
+    training = big_training()
+    memory = jax.eval_shape(training.init, KEY).agent.memory
+    program, keys = (jax.jit(jax.vmap(training.run)), KEYS) if vmapped else (jax.jit(training.run), KEY)
+    assert_in_place(program, keys, memory=memory, donated=False)
+
+
+def test_resume_copies_no_replay_that_is_donated():
+    training = big_training()
+    state = jax.eval_shape(training.init, KEY).agent
+    assert_in_place(jax.jit(training.resume, donate_argnums=1), KEY, state, memory=state.memory)
+
+
+# The judge itself: what it must not let pass.
+
+
+@pytest.fixture(scope="module")
+def memory_and_row():
+    shapes = Shapes(big_agent(), 1)
+    row = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), shapes.memory.rows)
+    return shapes.memory, row
+
+
+def added(memory, row):
+    return memory._replace(rows=jax.tree.map(lambda stored, new: stored.at[memory.cursor].set(new), memory.rows, row))
+
+
+def chosen(memory, row):
+    return jax.tree.map(lambda new, old: jnp.where(row.last[0], new, old), added(memory, row), memory)
+
+
+def test_the_judge_passes_a_write_in_place(memory_and_row):
+    assert_in_place(jax.jit(added, donate_argnums=0), *memory_and_row, memory=memory_and_row[0])
+
+
+@pytest.mark.parametrize("program", [jax.jit(added), jax.jit(chosen, donate_argnums=0)], ids=["not donated", "where over the storage"])
+def test_the_judge_sees_what_copies(memory_and_row, program):
+    with pytest.raises(AssertionError):
+        assert_in_place(program, *memory_and_row, memory=memory_and_row[0])

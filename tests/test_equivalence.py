@@ -1,0 +1,192 @@
+"""The host driver and the compiled driver: the same stream gives the same numbers, and each takes up what the other left."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gymnasium import spaces
+
+import dqn_jax
+from dqn_jax import DQN
+
+SMALL = {
+    "hidden": (8,),
+    "batch_size": 8,
+    "capacity": 1000,
+    "replay_start_size": 50,
+    "update_interval": 4,
+    "target_update_interval": 100,
+    "epsilon": (1.0, 0.1, 500),
+}
+STEPS = {1: 2500, 4: 4000}
+# (environments, options): short episodes of both kinds, n-step windows, several updates a row, wrap-around of the ring.
+CASES = {
+    "one": (1, {}),
+    "four": (4, {}),
+    "one, n-step": (1, {"n_steps": 3, "update_interval": 1, "replay_start_size": 7, "double": False, "loss": "mse"}),
+    "four, several updates": (4, {"n_steps": 2, "update_interval": 2, "updates_per_interval": 2, "tau": 0.05}),
+}
+
+
+@pytest.fixture(scope="module")
+def env():
+    """CartPole with a time limit that even a bad policy reaches now and then: both kinds of end occur all along."""
+    made = dqn_jax.make("phys2d/CartPole-v1", polemass_length=0.05)
+
+    def transition(key, inner, action):
+        inner, step = made.step(key, inner, action)
+        return inner, step.next_observation, step.reward, step.terminated, step.truncated
+
+    return dqn_jax.envs.with_auto_reset(made.reset, transition, made.observation_space, made.action_space, 10)
+
+
+def drive(agent, env, num_envs, key_reset, key_env, until):
+    """Plays the compiled driver's stream through the host's interface until that many transitions are stored; returns the actions."""
+    reset = jax.jit(lambda key: jax.vmap(env.reset)(jax.random.split(key, num_envs)))
+
+    @jax.jit
+    def step(state, action, decision):
+        return jax.vmap(env.step)(jax.random.split(jax.random.fold_in(key_env, decision), num_envs), state, action)
+
+    state, observation = reset(key_reset)
+    observation = np.asarray(observation)
+    start = agent.state
+    stored, decision, pending = int(start.step), int(start.decisions), False
+    actions, outcome, reward = [], (), 0.0
+    while True:
+        if num_envs == 1:
+            action = np.array([agent.act_and_train(observation[0], reward)])
+        else:
+            action = agent.batch_act_and_train(observation, *outcome)
+        actions.append(action)
+        stored += num_envs * pending
+        if stored >= until:
+            return np.stack(actions)
+        pending = True
+        state, result = jax.device_get(step(state, action, decision))
+        decision += 1
+        observation = np.asarray(result.observation)
+        if num_envs > 1:
+            outcome = (result.reward, result.terminated, result.truncated, result.next_observation)
+            continue
+        reward = float(result.reward[0])
+        if result.terminated[0] or result.truncated[0]:
+            agent.stop_episode_and_train(result.next_observation[0], reward, terminated=bool(result.terminated[0]))
+            stored, pending = stored + 1, False
+
+
+def assert_same_state(host, compiled):
+    """Replay, key and counters bit for bit; what was learnt bit for bit too, or, where XLA fuses otherwise, to a tight tolerance."""
+    assert dqn_jax.digest(host.memory) == dqn_jax.digest(compiled.memory)
+    for name in ("decisions", "step", "updates"):
+        assert int(getattr(host, name)) == int(getattr(compiled, name)), name
+    assert (jax.random.key_data(host.key) == jax.random.key_data(compiled.key)).all()
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6), host.learner, compiled.learner)
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request, env):
+    """A compiled run and a host agent that starts from the same state."""
+    num_envs, options = CASES[request.param]
+    options = {**SMALL, **options}
+    agent = dqn_jax.dqn(env, **options)
+    training = dqn_jax.train(agent, env, num_envs=num_envs, num_steps=STEPS[num_envs], history_length=4)
+    key = jax.random.key(11)
+    result = jax.jit(training.run)(key)
+    key_agent, key_reset, key_env = jax.random.split(key, 3)
+    start = jax.jit(agent.init)(key_agent, jnp.zeros((num_envs, 4)))
+    host = DQN.from_state(env, start, num_envs=num_envs, **options)
+    actions = drive(host, env, num_envs, key_reset, key_env, training.num_steps)
+    return training, start, result, host, actions
+
+
+def test_same_stream_same_numbers(case):
+    training, _, result, host, actions = case
+    state = host.state
+    assert int(state.step) == training.num_steps
+    assert_same_state(state, result.state)
+    last, discount = np.asarray(state.memory.rows.last), np.asarray(state.memory.rows.discount)
+    assert (last & (discount == 0)).any() and (last & (discount == 1)).any()  # Both kinds of end took part.
+    # The last decision is pending on both sides, and is the same.
+    np.testing.assert_array_equal(actions[-1], result.run.pending.action)
+    assert len(actions) == int(result.state.decisions)
+
+
+def test_parameters_are_equal_bit_for_bit(case):
+    _, _, result, host, _ = case
+    assert dqn_jax.digest(host.state) == dqn_jax.digest(result.state)
+
+
+def test_something_was_learnt(case):
+    _, start, result, _, _ = case
+    assert int(result.state.updates) > 300
+    for one, other in zip(jax.tree.leaves(start.learner.params), jax.tree.leaves(result.state.learner.params), strict=True):
+        assert not np.array_equal(one, other)
+
+
+@pytest.fixture(scope="module")
+def seeds(env):
+    """Three seeds of a vmapped run."""
+    agent = dqn_jax.dqn(env, **SMALL)
+    training = dqn_jax.train(agent, env, num_steps=1200, history_length=3)
+    return training, jax.jit(jax.vmap(training.run))(jax.random.split(jax.random.key(5), 3))
+
+
+@pytest.mark.parametrize("index", [0, 2])
+def test_a_seed_of_a_compiled_run_goes_on_in_both_drivers(env, seeds, index):
+    training, result = seeds
+    state = result.seed(index).state
+    host = DQN.from_state(env, state, **SMALL)
+    assert dqn_jax.digest(host.state) == dqn_jax.digest(state)
+    key = jax.random.key(9)
+    resumed = training.resume(key, host.state)
+    run, _ = jax.jit(training.advance)(resumed)
+    key_reset, key_env = jax.random.split(key)
+    drive(host, env, 1, key_reset, key_env, int(run.agent.step))
+    assert int(run.agent.step) > int(state.step) and int(run.agent.updates) > int(state.updates)
+    assert_same_state(host.state, run.agent)
+
+
+def test_a_state_that_is_taken_over_is_copied(env, seeds):
+    _, result = seeds
+    state = result.seed(1).state
+    before = dqn_jax.digest(state)
+    host = DQN.from_state(env, state, **SMALL)
+    for _ in range(10):
+        host.act_and_train(np.zeros(4, np.float32), 1.0)
+    assert dqn_jax.digest(state) == before
+    assert dqn_jax.digest(host.state) != before
+
+
+def test_resume_cuts_the_stream(env, seeds):
+    training, result = seeds
+    state = result.seed(0).state
+    resumed = training.resume(jax.random.key(1), state)
+    newest = (int(state.memory.cursor) - 1) % 1000
+    assert bool(resumed.agent.memory.rows.last[newest, 0])
+    np.testing.assert_array_equal(resumed.agent.memory.rows.discount, state.memory.rows.discount)
+
+
+def test_an_agent_in_warm_up_cannot_be_resumed(env, seeds):
+    training, _ = seeds
+    young = DQN(env, **SMALL)
+    for _ in range(20):
+        young.act_and_train(np.zeros(4, np.float32), 1.0)
+    with pytest.raises(ValueError, match="stored 19 transitions and learns from"):
+        training.resume(jax.random.key(0), young.state)
+
+
+def test_an_agent_that_lived_on_the_host_goes_on_compiled(env, seeds):
+    training, _ = seeds
+    host = DQN(env, seed=3, **SMALL)
+    rng = np.random.default_rng(0)
+    for _ in range(201):
+        host.act_and_train(rng.normal(size=4).astype(np.float32), 1.0)
+    run, history = jax.jit(training.advance)(training.resume(jax.random.key(2), host.state))
+    assert int(run.agent.step) == int(history["step"]) > 200
+    assert np.isfinite(float(history["loss"]))
+
+
+def test_spaces_and_an_environment_build_the_same_agent(env):
+    pair = (spaces.Box(-np.inf, np.inf, (4,), np.float32), spaces.Discrete(2))
+    assert dqn_jax.digest(DQN(env, 1, **SMALL).state) == dqn_jax.digest(DQN(pair, 1, **SMALL).state)
