@@ -37,12 +37,14 @@ def save(path: str | os.PathLike, tree: chex.ArrayTree, info: dict[str, Any] | N
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     leaves = _host_leaves(tree)
-    header = {
-        "format": FORMAT,
-        "sha256": _digest(leaves),
-        "leaves": json.dumps({name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in leaves.items()}),
-        "info": json.dumps(info or {}),
-    }
+    manifest = json.dumps(
+        {
+            "sha256": _digest(leaves),
+            "leaves": {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in leaves.items()},
+            "info": info or {},
+        }
+    )
+    header = {"format": FORMAT, "manifest": manifest, "manifest_sha256": hashlib.sha256(manifest.encode()).hexdigest()}
     handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
     os.close(handle)
     try:
@@ -74,8 +76,8 @@ def load(path: str | os.PathLike, template: chex.ArrayTree) -> tuple[Any, dict[s
       FileNotFoundError: if there is no such file.
       CheckpointError: if it is not a checkpoint, does not fit the template (every difference is listed), or is damaged.
     """
-    header = _header(path)
-    saved = {name: (tuple(shape), dtype) for name, (shape, dtype) in json.loads(header["leaves"]).items()}
+    manifest = _manifest(path)
+    saved = {name: (tuple(shape), dtype) for name, (shape, dtype) in manifest["leaves"].items()}
     expected = {name: _shape_and_dtype(leaf) for name, leaf in _named_leaves(template).items()}
     problems = [
         f"{name}: saved {saved[name]}, expected {expected[name]}" for name in expected if name in saved and saved[name] != expected[name]
@@ -85,21 +87,21 @@ def load(path: str | os.PathLike, template: chex.ArrayTree) -> tuple[Any, dict[s
     if problems:
         shown = "\n  ".join(problems[:10] + ([f"and {len(problems) - 10} more"] if len(problems) > 10 else []))
         raise CheckpointError(
-            f"{path} does not fit this agent; build the agent with the options it was saved with ({json.loads(header['info'])}):\n  {shown}"
+            f"{path} does not fit this agent; build the agent with the options it was saved with ({manifest['info']}):\n  {shown}"
         )
     try:
         with safe_open(path, framework="numpy") as file:
             leaves = {name: _stored(file.get_tensor(name), expected[name][1]) for name in expected}
     except SafetensorError as error:
         raise CheckpointError(f"{path} is damaged ({error}): restore an earlier checkpoint") from error
-    if _digest(leaves) != header["sha256"]:
+    if _digest(leaves) != manifest["sha256"]:
         raise CheckpointError(f"{path} is damaged (its checksum does not match): restore an earlier checkpoint")
-    return _rebuilt(template, leaves), json.loads(header["info"])
+    return _rebuilt(template, leaves), manifest["info"]
 
 
 def read_info(path: str | os.PathLike) -> dict[str, Any]:
     """The dict saved beside the state at ``path``. Raises as ``load`` does."""
-    return json.loads(_header(path)["info"])
+    return _manifest(path)["info"]
 
 
 def digest(tree: chex.ArrayTree) -> str:
@@ -107,7 +109,7 @@ def digest(tree: chex.ArrayTree) -> str:
     return _digest(_host_leaves(tree))
 
 
-def _header(path: str | os.PathLike) -> dict[str, str]:
+def _manifest(path: str | os.PathLike) -> dict[str, Any]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}: expected a file written by save()")
     try:
@@ -117,7 +119,10 @@ def _header(path: str | os.PathLike) -> dict[str, str]:
         raise CheckpointError(f"{path} is not a checkpoint of dqn_jax, or is damaged ({error})") from error
     if header.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of this version: its format is {header.get('format')!r}, expected {FORMAT!r}")
-    return header
+    manifest = header.get("manifest", "")
+    if hashlib.sha256(manifest.encode()).hexdigest() != header.get("manifest_sha256"):
+        raise CheckpointError(f"{path} is damaged (the checksum of its header does not match): restore an earlier checkpoint")
+    return json.loads(manifest)
 
 
 def _named_leaves(tree: chex.ArrayTree) -> dict[str, Any]:

@@ -74,7 +74,6 @@ class OnlineAgent:
             self._checks["reward", single] = spaces.reward_check(lead)
             self._checks["terminated", single] = spaces.flag_check("terminated", lead)
             self._checks["truncated", single] = spaces.flag_check("truncated", lead)
-        self._masked = spaces.is_masked(observation_space)
         self._cell: list[Any] = [None] * 5  # What the programs return, each in its place.
         self._recent: deque[Any] = deque(maxlen=RECENT)  # Metrics of the last updates, on the device until somebody asks.
         self._pending = False  # Whether a decision waits for its outcome.
@@ -136,6 +135,7 @@ class OnlineAgent:
         self._require_single("stop_episode_and_train")
         checked = self._checks["observation", True](observation)
         ended = self._checks["terminated", True](terminated)
+        spaces.require_actions_allowed(checked, ended)
         outcome = _outcome(self._checks["reward", True](reward), ended, np.ones(1, np.bool_))
         if not self._pending:
             raise RuntimeError("no episode is open: call act_and_train at least once before stop_episode_and_train")
@@ -195,6 +195,7 @@ class OnlineAgent:
                 )
             return np.array(self._advance(checked, outcome))
         successor = self._checks["observation", False](next_observation)
+        spaces.require_actions_allowed(successor, ended)
         action = np.array(self._advance(checked, outcome, successor))
         self._episodes += int(last.sum())
         return action
@@ -364,8 +365,7 @@ class OnlineAgent:
 
     def _observation(self, observation: Any, single: bool) -> Any:
         checked = self._checks["observation", single](observation)
-        if self._masked:
-            spaces.require_actions_allowed(checked)
+        spaces.require_actions_allowed(checked)
         return checked
 
     def _require_single(self, method: str) -> None:

@@ -99,6 +99,9 @@ def dqn(env_or_spaces: Any, *, network: Any = None, optimizer: optax.GradientTra
     num_actions = spaces.num_actions(action_space, "DQN")
     spaces.example(observation_space, 1)  # Raises where a space is not supported.
     o = dqn_options(**options)
+    for name, given, functions in (("network", network, ("init", "apply")), ("optimizer", optimizer, ("init", "update"))):
+        if given is not None and not all(hasattr(given, function) for function in functions):
+            raise TypeError(f"{name} must have the functions {' and '.join(functions)}, got {given!r}")
     if network is None:
         if not o.hidden:
             raise ValueError("hidden is empty: give at least one width, or a network")
@@ -157,9 +160,13 @@ class DQN(OnlineAgent):
         observation_space, action_space, envs_given = read_spaces(env_or_spaces)
         if num_envs is not None and envs_given is not None and num_envs != envs_given:
             raise ValueError(f"num_envs is {num_envs}, the vector environment has {envs_given}: leave num_envs out")
+        if num_envs is None:
+            num_envs = 1 if envs_given is None else envs_given
+        _require_int("num_envs", num_envs, 1)
+        _require_int("seed", seed, -(2**63))
         agent = dqn((observation_space, action_space), network=network, optimizer=optimizer, **options)
         self._epsilon = epsilon_schedule(dqn_options(**options))
-        super().__init__(agent, observation_space, action_space, num_envs=num_envs or envs_given or 1, seed=seed, state=state)
+        super().__init__(agent, observation_space, action_space, num_envs=num_envs, seed=seed, state=state)
 
     @classmethod
     def from_state(cls, env_or_spaces: Any, state: AgentState, *, num_envs: int | None = None, **options: Any) -> "DQN":
@@ -207,8 +214,12 @@ def dqn_options(**options: Any) -> DQNOptions:
         _require_int(name, getattr(o, name), low)
     if o.target_update_interval is not None:
         _require_int("target_update_interval", o.target_update_interval, 1)
+    if not isinstance(o.hidden, tuple | list):
+        raise TypeError(f"hidden must be a tuple of widths, got {o.hidden!r}")
     for width in o.hidden:
         _require_int("a width in hidden", width, 1)
+    if not isinstance(o.double, bool):
+        raise TypeError(f"double must be True or False, got {o.double!r}")
     if o.loss not in ("huber", "mse"):
         raise ValueError(f"loss must be 'huber' or 'mse', got {o.loss!r}")
     if o.replay_start_size > o.capacity:

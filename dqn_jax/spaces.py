@@ -17,6 +17,7 @@ from gymnasium import spaces
 from dqn_jax.types import Masked
 
 Check = Callable[[Any], Any]
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 def is_masked(space: spaces.Space) -> bool:
@@ -171,6 +172,8 @@ def _leaf_check(space: spaces.Space, lead: tuple[int, ...], name: str) -> Check:
             )
         if array.dtype != dtype and not (array.dtype.kind == "f" if real else array.dtype.kind in "iub"):
             raise TypeError(f"{name} has dtype {array.dtype}, expected {dtype} ({space}): convert it before handing it in")
+        if real and array.dtype != dtype:
+            _require_finite(array, name)  # Before the cast: what float32 cannot hold would become infinite.
         fresh = np.array(array, dtype).reshape(kept)
         if real:
             # The sum of squares is finite only if every entry is; it can also overflow, hence the second look.
@@ -199,7 +202,7 @@ def _mask_check(shape: tuple[int, ...], lead: tuple[int, ...], name: str) -> Che
 
 
 def _require_finite(array: np.ndarray, name: str) -> None:
-    bad = np.argwhere(~np.isfinite(array))
+    bad = np.argwhere(~(np.abs(array) <= FLOAT32_MAX))
     if len(bad):
         where = ", ".join(map(str, bad[0]))
         raise ValueError(
@@ -218,10 +221,9 @@ def reward_check(num_envs: int | None) -> Check:
             raise ValueError(f"reward has shape {array.shape}, expected {shape}: one number for each environment")
         if array.dtype.kind not in "fiub":
             raise TypeError(f"reward has dtype {array.dtype} (got {value!r}), expected a real number")
-        fresh = np.array(array, np.float32).reshape(num_envs or 1)
-        if not np.isfinite(fresh).all():
+        if not (np.abs(array) <= FLOAT32_MAX).all():
             raise ValueError(f"reward is {value}: nothing was stored; repair the environment, or end the episode with stop_episode()")
-        return fresh
+        return np.array(array, np.float32).reshape(num_envs or 1)
 
     return check
 
@@ -241,9 +243,9 @@ def flag_check(name: str, num_envs: int | None) -> Check:
     return check
 
 
-def require_actions_allowed(observation: Any) -> None:
-    """Raises ValueError if an observation to act on forbids every action."""
-    if isinstance(observation, Masked) and not observation.action_mask.any(axis=-1).all():
+def require_actions_allowed(observation: Any, terminated: np.ndarray | bool = False) -> None:
+    """Raises ValueError if an observation ``[N, ...]`` forbids every action where the episode is not ``terminated`` ``[N]``."""
+    if isinstance(observation, Masked) and not np.all(observation.action_mask.any(axis=-1) | terminated):
         raise ValueError(
             "action_mask allows no action: only the successor of a terminated episode may forbid all; "
             "end such an episode with stop_episode_and_train(observation, reward)"

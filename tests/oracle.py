@@ -61,6 +61,9 @@ class Replay:
                     return walked
         raise AssertionError(f"row {number} is not stored")
 
+    def is_newest(self, row):
+        return any(column and column[-1] == row for column in self.columns)
+
     def stored(self):
         return sorted(row.number for column in self.columns for row in column)
 

@@ -15,7 +15,10 @@ from dqn_jax.networks import Network
 PLAIN = (spaces.Box(-np.inf, np.inf, (3,), np.float32), spaces.Discrete(2))
 IMAGE = (spaces.Box(0, 255, (4, 4), np.uint8), spaces.Discrete(2))
 CHOICE = (spaces.Discrete(5), spaces.Discrete(2))
-TREE = (spaces.Dict({"a": spaces.Box(-1, 1, (2,), np.float32), "b": spaces.Tuple((spaces.Discrete(3), spaces.MultiBinary(2)))}), spaces.Discrete(2))
+TREE = (
+    spaces.Dict({"a": spaces.Box(-1, 1, (2,), np.float32), "b": spaces.Tuple((spaces.Discrete(3), spaces.MultiBinary(2)))}),
+    spaces.Discrete(2),
+)
 MASKED = (spaces.Dict({"observation": spaces.Box(-1, 1, (2,), np.float32), "action_mask": spaces.MultiBinary(2)}), spaces.Discrete(2))
 
 
@@ -95,6 +98,8 @@ OBSERVATIONS = [
     ("plain", np.array([0, NAN, 0], np.float32), ValueError, "observation[1] is nan"),
     ("plain", np.array([0, 0, -INF], np.float32), ValueError, "observation[2] is -inf"),
     ("plain", np.array([NAN, 0, INF], np.float32), ValueError, "2 of 3 entries"),
+    ("plain", np.array([0, 1e300, 0]), ValueError, "observation[1] is 1e+300"),
+    ("plain", np.array([0, NAN, 0], np.float16), ValueError, "observation[1] is nan"),
     ("plain", np.zeros(3, np.int64), TypeError, "observation has dtype int64, expected float32"),
     ("plain", np.zeros(3, np.complex64), TypeError, "complex64"),
     ("plain", np.array(["a", "b", "c"]), TypeError, "observation has dtype <U1"),
@@ -109,7 +114,12 @@ OBSERVATIONS = [
     ("choice", -1, ValueError, "observation is -1, outside Discrete(5)"),
     ("choice", 1.0, TypeError, "observation has dtype float64"),
     ("choice", np.zeros(5), ValueError, "observation has shape (5,)"),
-    ("tree", {"a": np.zeros(2, np.float32)}, TypeError, "observation must be a dict with the keys ['a', 'b'], got a dict with the keys ['a']"),
+    (
+        "tree",
+        {"a": np.zeros(2, np.float32)},
+        TypeError,
+        "observation must be a dict with the keys ['a', 'b'], got a dict with the keys ['a']",
+    ),
     ("tree", np.zeros(2, np.float32), TypeError, "observation must be a dict"),
     ("tree", {"a": np.zeros(2, np.float32), "b": (1,)}, TypeError, "observation['b'] must be a tuple of 2"),
     ("tree", {"a": np.zeros(2, np.float32), "b": (3, np.zeros(2, np.int8))}, ValueError, "observation['b'][0] is 3"),
@@ -150,6 +160,7 @@ REWARDS = [
     (NAN, ValueError, "reward is nan"),
     (-INF, ValueError, "reward is -inf"),
     (np.float64(1e300), ValueError, "reward is 1e+300"),
+    (np.float16(np.inf), ValueError, "reward is inf"),
     (np.ones(1), ValueError, "reward has shape (1,), expected ()"),
     ([1.0, 2.0], ValueError, "reward has shape (2,), expected ()"),
     (None, TypeError, "reward has dtype object"),
@@ -178,7 +189,13 @@ def test_rewards_of_every_scalar_kind_are_taken(agents, good):
 
 def test_observations_of_every_real_kind_are_taken(agents):
     agent = agents["plain"]
-    for good in ([0.1, 0.2, 0.3], (0.1, 0.2, 0.3), np.array([0.1, 0.2, 0.3]), jnp.array([0.1, 0.2, 0.3]), np.array([0.1, 0.2, 0.3], np.float16)):
+    for good in (
+        [0.1, 0.2, 0.3],
+        (0.1, 0.2, 0.3),
+        np.array([0.1, 0.2, 0.3]),
+        jnp.array([0.1, 0.2, 0.3]),
+        np.array([0.1, 0.2, 0.3], np.float16),
+    ):
         agent.act_and_train(good, 1.0)
     agent.act(np.full(3, 1e30, np.float32))  # Large, and finite all the same.
 
@@ -390,14 +407,26 @@ CHECKPOINTS = {
     "missing": (lambda path, saved: path / "nowhere", FileNotFoundError, "no checkpoint at"),
     "folder": (lambda path, saved: path, FileNotFoundError, "no checkpoint at"),
     "empty": (lambda path, saved: _write(path / "x", b""), CheckpointError, "is not a checkpoint"),
-    "foreign": (lambda path, saved: _write(path / "x", b"PK\x03\x04 some archive of another program" * 9), CheckpointError, "is not a checkpoint"),
+    "foreign": (
+        lambda path, saved: _write(path / "x", b"PK\x03\x04 some archive of another program" * 9),
+        CheckpointError,
+        "is not a checkpoint",
+    ),
     "text": (lambda path, saved: _write(path / "x", b"{}"), CheckpointError, "is not a checkpoint"),
     "truncated": (lambda path, saved: _write(path / "x", saved[:-7]), CheckpointError, "damaged"),
     "cut in the header": (lambda path, saved: _write(path / "x", saved[:200]), CheckpointError, "damaged"),
     "longer": (lambda path, saved: _write(path / "x", saved + b"\0" * 8), CheckpointError, "damaged"),
     "another network": (lambda path, saved: other_checkpoint(path / "x", network=WIDER), CheckpointError, "does not fit this agent"),
-    "another capacity": (lambda path, saved: other_checkpoint(path / "x", capacity=16), CheckpointError, ".memory.rows.reward: saved ((16, 1)"),
-    "another optimizer": (lambda path, saved: other_checkpoint(path / "x", optimizer=optax.adam(1e-3)), CheckpointError, "only in the file"),
+    "another capacity": (
+        lambda path, saved: other_checkpoint(path / "x", capacity=16),
+        CheckpointError,
+        ".memory.rows.reward: saved ((16, 1)",
+    ),
+    "another optimizer": (
+        lambda path, saved: other_checkpoint(path / "x", optimizer=optax.adam(1e-3)),
+        CheckpointError,
+        "only in the file",
+    ),
     "another space": (lambda path, saved: other_checkpoint(path / "x", both=CHOICE), CheckpointError, "does not fit this agent"),
     "more environments": (lambda path, saved: other_checkpoint(path / "x", num_envs=4), CheckpointError, "'num_envs': 4"),
 }

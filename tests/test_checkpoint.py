@@ -198,7 +198,7 @@ TREE = {
 def test_every_kind_of_leaf_comes_back(tmp_path):
     checkpoint.save(tmp_path / "tree", TREE)
     for template in (TREE, jax.eval_shape(lambda: TREE)):
-        back, info = checkpoint.load(tmp_path / "tree", template)
+        back, _ = checkpoint.load(tmp_path / "tree", template)
         assert dqn_jax.digest(back) == dqn_jax.digest(TREE)
         assert jax.tree.structure(back) == jax.tree.structure(TREE)
         for one, other in zip(jax.tree.leaves(back), jax.tree.leaves(TREE), strict=True):

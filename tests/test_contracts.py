@@ -1,6 +1,7 @@
 """What every agent promises, whatever it is made of: one table, and each promise checked for each of its rows."""
 
 import functools
+import types
 from typing import Any, NamedTuple
 
 import chex
@@ -51,8 +52,8 @@ def dicts(num_rows, seed=0):
 class Case(NamedTuple):
     """A row of the table: options of the algorithm and of the memory, the observations, the network and the optimizer."""
 
-    algorithm: dict[str, Any] = {}
-    memory: dict[str, Any] = {}
+    algorithm: Any = types.MappingProxyType({})
+    memory: Any = types.MappingProxyType({})
     observations: Any = vectors
     network: Any = networks.QNetwork(A, (8,))
     optimizer: Any = optax.adam

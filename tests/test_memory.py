@@ -21,7 +21,11 @@ def observation(numbers):
     """Three dtypes, one number: an image in base 200, a vector, a count."""
     numbers = np.asarray(numbers)
     image = np.stack([numbers % 200, numbers // 200], axis=-1).astype(np.uint8)
-    return {"image": np.repeat(image[..., None], 3, axis=-1), "vector": np.stack([numbers, -numbers], -1).astype(np.float32), "count": numbers.astype(np.int32)}
+    return {
+        "image": np.repeat(image[..., None], 3, axis=-1),
+        "vector": np.stack([numbers, -numbers], -1).astype(np.float32),
+        "count": numbers.astype(np.int32),
+    }
 
 
 def transition(rows):
@@ -62,14 +66,14 @@ def check(batch, model, n_steps):
         length = len(walked)
         np.testing.assert_array_equal(t.reward[b, :length], columns.reward)
         np.testing.assert_array_equal(t.discount[b, :length], columns.discount)
-        # A walk shorter than the window has stopped at its last row, be it the end of the episode or the write head.
-        np.testing.assert_array_equal(t.last[b, :length], [*columns.last[:-1], columns.last[-1] or length < n_steps or t.last[b, length - 1]])
+        ends = [*columns.last[:-1], columns.last[-1] or model.is_newest(walked[-1])]  # the stream ends at the write head, too
+        np.testing.assert_array_equal(t.last[b, :length], ends)
         expected = transition([walked[0]])._replace(next_observation=observation([walked[-1].next_number]))
         drawn = jax.tree.map(lambda leaf, b=b: leaf[b : b + 1], t)
         for field in ("observation", "action", "next_observation", "extras"):
             chex.assert_trees_all_equal(getattr(drawn, field), getattr(expected, field))
-        ended = columns.last[:-1] + (True,)
-        np.testing.assert_allclose((folded[0][b], folded[1][b]), oracle.n_step(columns.reward, GAMMA * np.array(columns.discount), ended)[:2])
+        discounts = GAMMA * np.array(columns.discount)
+        np.testing.assert_allclose((folded[0][b], folded[1][b]), oracle.n_step(columns.reward, discounts, ends)[:2])
 
 
 @pytest.mark.parametrize(
@@ -134,7 +138,14 @@ def test_a_window_that_reaches_the_write_head_bootstraps_there():
     batch = memory.sample(state, jnp.arange(6, dtype=jnp.uint32))
     t = batch.transition
     lengths = {int(n): int(np.argmax(last)) + 1 if last.any() else 4 for n, last in zip(t.observation["count"], t.last, strict=True)}
-    assert lengths == {oldest.number: 4, oldest.number + 1: 4, oldest.number + 2: 4, newest.number - 2: 3, newest.number - 1: 2, newest.number: 1}
+    assert lengths == {
+        oldest.number: 4,
+        oldest.number + 1: 4,
+        oldest.number + 2: 4,
+        newest.number - 2: 3,
+        newest.number - 1: 2,
+        newest.number: 1,
+    }
     at = int(np.argmax(t.observation["count"] == newest.number))
     assert t.next_observation["count"][at] == newest.next_number
     assert t.discount[at, 0] == 1

@@ -71,7 +71,7 @@ def same_statistics(one, other):
 
 
 def play(agent, lengths_and_ends, number=1):
-    """Plays episodes of an endless count; returns the transitions that must have been stored: (id, action, reward, discount, next, last)."""
+    """Plays episodes of an endless count; returns what must have been stored: (id, action, reward, discount, next, last)."""
     rows = []
     for length, end in lengths_and_ends:
         reward = REWARD_TO_IGNORE
@@ -375,7 +375,7 @@ def test_vector_env_stores_true_successors(as_new):
 
 
 def test_next_step_vector_env_is_refused():
-    with pytest.raises(ValueError, match="autoreset_mode.*SAME_STEP"):
+    with pytest.raises(ValueError, match=r"autoreset_mode.*SAME_STEP"):
         DQN(vector_env(2))
 
 
@@ -426,7 +426,9 @@ def test_statistics_are_there_from_the_first_moment(as_new):
 
 
 def test_dict_observations(as_new):
-    space = spaces.Dict({"where": spaces.Box(-10, 10, (2,), np.float64), "kind": spaces.Discrete(4, start=2), "flags": spaces.MultiBinary(3)})
+    space = spaces.Dict(
+        {"where": spaces.Box(-10, 10, (2,), np.float64), "kind": spaces.Discrete(4, start=2), "flags": spaces.MultiBinary(3)}
+    )
     agent = as_new(both_spaces=(space, spaces.Discrete(3)))
     space.seed(0)
     seen = []

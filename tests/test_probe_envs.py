@@ -11,6 +11,8 @@ from dqn_jax import DQN
 OPTIONS = {
     "hidden": (16,),
     "learning_rate": 1e-2,
+    # Huber's loss would forgive a minority of wrong targets: it finds something like their median, this one their mean.
+    "loss": "mse",
     "batch_size": 32,
     "capacity": 1000,
     "replay_start_size": 32,
@@ -39,15 +41,14 @@ def options_for(n_steps, gamma):
     return {**OPTIONS, "n_steps": n_steps, "gamma": gamma, "network": network}
 
 
-@pytest.mark.parametrize("num_envs", [1, 4])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "num_envs"), [*((name, 1) for name in CASES), ("truncation", 4), ("truncation, 3 steps", 4)])
 def test_compiled(name, num_envs):
-    if num_envs == 4 and "truncation" not in name:
-        pytest.skip("one number of environments is enough where nothing is cut")
     probe, n_steps = CASES[name]
     options = {**options_for(n_steps, probe.gamma), "update_interval": num_envs}
     agent = dqn_jax.dqn(probe.env, **options)
-    result = jax.jit(dqn_jax.train(agent, probe.env, num_envs=num_envs, num_steps=STEPS * num_envs, history_length=1).run)(jax.random.key(1))
+    result = jax.jit(dqn_jax.train(agent, probe.env, num_envs=num_envs, num_steps=STEPS * num_envs, history_length=1).run)(
+        jax.random.key(1)
+    )
     assert_learnt(agent, result.state.learner, probe, options["network"])
 
 
@@ -65,7 +66,16 @@ def play(agent, probe, steps):
             agent.stop_episode_and_train(np.asarray(result.next_observation), reward, terminated=bool(result.terminated))
 
 
-@pytest.mark.parametrize("name", ["action for the observation", "termination", "truncation", "truncation, 3 steps", "discounting over windows and a tail, 3 steps"])
+BOTH_DRIVERS = [
+    "action for the observation",
+    "termination",
+    "truncation",
+    "truncation, 3 steps",
+    "discounting over windows and a tail, 3 steps",
+]
+
+
+@pytest.mark.parametrize("name", BOTH_DRIVERS)
 def test_step_by_step(name):
     probe, n_steps = CASES[name]
     options = options_for(n_steps, probe.gamma)

@@ -13,7 +13,9 @@ TRANSFORMS = {
     "plain": lambda fn: fn,
     "jit": jax.jit,
     # The row in the middle of a batch of three: the others must not leak into it.
-    "vmap": lambda fn: lambda *args: jax.tree.map(lambda out: out[1], jax.vmap(fn)(*(jnp.stack([a * 0 + 1, a, a * 0]) for a in map(jnp.asarray, args)))),
+    "vmap": lambda fn: (
+        lambda *args: jax.tree.map(lambda out: out[1], jax.vmap(fn)(*(jnp.stack([a * 0 + 1, a, a * 0]) for a in map(jnp.asarray, args))))
+    ),
 }
 with_transforms = pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 

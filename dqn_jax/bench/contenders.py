@@ -226,11 +226,15 @@ def host_sb3(env: gymnasium.Env, interval: int, steps: int, seed: int) -> HostLo
 
 
 class Outcome(NamedTuple):
-    """What a compiled run gives back: the greedy policy's parameters, and how many updates and transitions made it."""
+    """What a compiled run gives back: the greedy policy's parameters, how many updates and transitions made it, and a record of the run.
+
+    What a program does not return, the compiler does not compute: the record is here so that it is paid for.
+    """
 
     params: Any
     updates: chex.Array
     steps: chex.Array
+    history: Any
 
 
 def compiled_steps(env: Env, interval: int, steps: int) -> int:
@@ -243,8 +247,8 @@ def compiled_ours(env: Env, interval: int, steps: int) -> Callable[[chex.PRNGKey
     training = train(dqn(env, update_interval=interval, **OURS), env, num_steps=steps)
 
     def run(key: chex.PRNGKey) -> Outcome:
-        state = training.run(key).state
-        return Outcome(state.learner.params, state.updates, state.step)
+        result = training.run(key)
+        return Outcome(result.state.learner.params, result.state.updates, result.state.step, result.history)
 
     return run
 
@@ -302,8 +306,8 @@ def compiled_purejaxrl_style(env: Env, interval: int, steps: int) -> Callable[[c
         # Counters that begin as constants stay the same for all seeds, so that vmap leaves each cond a cond.
         zero = jnp.zeros((), jnp.int32)
         carry = Carry(params, params, optimizer.init(params), replay, env_state, observation, key, zero, zero)
-        carry, _ = jax.lax.scan(step, carry, None, length=steps)
-        return Outcome(carry.params, carry.updates, carry.steps)
+        carry, history = jax.lax.scan(step, carry, None, length=steps)
+        return Outcome(carry.params, carry.updates, carry.steps, history)
 
     return run
 

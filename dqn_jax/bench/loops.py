@@ -176,7 +176,8 @@ def measure_compiled(name: str, work: Work, seed: int) -> dict[str, Any]:
         raise AssertionError(f"{name} made {made} steps where {steps} were asked for")
     (updates,) = {int(updates) for updates in np.atleast_1d(outcome.updates)}  # A seed with another number is an error.
     returns = over_seeds(lambda params, key: contenders.greedy_returns(env, params, key).mean())(outcome.params, keys)
-    return result | {"updates": updates, "compile_seconds": compile_seconds, "returns": np.atleast_1d(returns).tolist()}
+    device = jax.devices()[0].device_kind
+    return result | {"updates": updates, "device": device, "compile_seconds": compile_seconds, "returns": np.atleast_1d(returns).tolist()}
 
 
 def apart(name: str, work: Work, seed: int, evaluate: bool = False) -> dict[str, Any]:

@@ -1,0 +1,379 @@
+"""The command line as its user meets it: what it prints, what it leaves in the run's folder, how it stops, goes on and refuses."""
+
+import csv
+import json
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from dqn_jax import cli, envs
+from dqn_jax.runs import CompiledRuns, HostRuns
+
+STEPS = 600
+TINY = ["--steps", STEPS, "--replay-start-size", 100, "--hidden", 8, "--eval-episodes", 2]
+HOST, COMPILED = "CartPole-v1", "phys2d/CartPole-v1"
+SUMMARY = {
+    *("algo", "env", "steps", "seeds", "eval_return", "online_return", "eval_iqm", "eval_interval", "online_iqm", "online_interval"),
+    *("steps_per_second", "compile_seconds", "peak_memory_mb", "updates", "state_sha256", "run"),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(tmp_path_factory):
+    """Each command compiles its own programs; here they are compiled once for all commands that are alike."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs", "jax_persistent_cache_min_entry_size_bytes")
+    before = {name: getattr(jax.config, name) for name in names}
+    for name, value in zip(names, (str(tmp_path_factory.mktemp("compiled")), 0, -1), strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module", params=[HOST, COMPILED], ids=["host", "compiled"])
+def finished(request, tmp_path_factory):
+    """A complete run of each driver: its folder, for looking only, and the command that made it."""
+    folder = tmp_path_factory.mktemp("runs")
+    command = ["train", request.param, *TINY, "--seeds", 3 if request.param == COMPILED else 1, "--folder", folder, "--name", "finished"]
+    cli.main([str(word) for word in command])
+    return folder / "finished", command[:-4]
+
+
+@pytest.fixture
+def dqn_jax_command(tmp_path, monkeypatch, capsys):
+    """Runs the console script in an empty folder. Returns the exit status and both streams, as printed by this command alone."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words):
+        capsys.readouterr()
+        try:
+            cli.main([str(word) for word in words])
+            status = 0
+        except SystemExit as stop:
+            status = stop.code
+        streams = capsys.readouterr()
+        return status, streams.out, streams.err
+
+    return run
+
+
+@pytest.fixture
+def summary_of(dqn_jax_command):
+    """Runs a command that must succeed with --json; returns the object that it prints."""
+
+    def run(*words):
+        status, out, err = dqn_jax_command(*words, "--json")
+        assert status == 0, err
+        return json.loads(out.splitlines()[-1])
+
+    return run
+
+
+def stop_after(monkeypatch, runs, chunks, act):
+    """Lets ``act()`` happen within the chunk of this number, and never again."""
+    advance, left = runs.advance, [chunks]
+
+    def and_then(self):
+        left[0] -= 1
+        if left[0] == 0:
+            act()
+        return advance(self)
+
+    monkeypatch.setattr(runs, "advance", and_then)
+
+
+# What a run prints and leaves behind.
+
+
+def test_the_last_line_is_one_json_object(finished, dqn_jax_command):
+    _, command = finished
+    status, out, err = dqn_jax_command(*command, "--name", "again", "--json")
+    assert status == 0
+    assert len(out.splitlines()) == 1, "what is not a result belongs on standard error"
+    summary = json.loads(out, parse_constant=pytest.fail)  # NaN and Infinity are not JSON.
+    assert set(summary) >= SUMMARY
+    seeds = summary["seeds"]
+    assert (summary["algo"], summary["env"], summary["run"]) == ("dqn", command[1], "runs/again")
+    assert len(summary["eval_return"]) == len(summary["online_return"]) == seeds
+    assert summary["complete"] and summary["steps"] >= STEPS
+    # One update for every four transitions beyond the warm-up. The newest transition of a compiled run is still pending.
+    assert summary["updates"] in ((summary["steps"] - 100) // 4, (summary["steps"] - 100) // 4 + 1)
+    assert summary["steps_per_second"] > 0 and summary["compile_seconds"] > 0 and summary["peak_memory_mb"] > 50
+    low, high = summary["eval_interval"]
+    assert low <= summary["eval_iqm"] <= high
+    assert re.fullmatch("[0-9a-f]{64}", summary["state_sha256"])
+    assert "device:" in err and "Traceback" not in err
+
+
+def test_the_same_command_gives_the_same_state(finished, summary_of):
+    folder, command = finished
+    before = json.loads((folder / "summary.json").read_text())
+    again = summary_of(*command, "--name", "again")
+    assert again["state_sha256"] == before["state_sha256"]
+    assert again["eval_return"] == before["eval_return"] and again["online_return"] == before["online_return"]
+    other = summary_of(*command, "--name", "other", "--seed", 7)
+    assert other["state_sha256"] != before["state_sha256"]
+
+
+def test_seeds_differ_from_one_another(finished):
+    folder, _ = finished
+    seeds = json.loads((folder / "summary.json").read_text())["seeds"]
+    with open(folder / "metrics.csv", newline="") as file:
+        final = [row for row in csv.DictReader(file)][-seeds:]
+    assert len({row["q"] for row in final}) == seeds
+
+
+def test_run_folder(finished):
+    folder, _ = finished
+    summary = json.loads((folder / "summary.json").read_text())
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "best.safetensors",
+        "config.json",
+        "curve.png",
+        "last.safetensors",
+        "metrics.csv",
+        "summary.json",
+    ]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["steps"] == STEPS and config["options"]["hidden"] == [8] and config["options"]["gamma"] == 0.99
+    assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
+    with open(folder / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    steps = [int(row["steps"]) for row in rows]
+    assert steps == sorted(steps) and steps[-1] == summary["steps"]
+    assert [row["seed"] for row in rows[: summary["seeds"]]] == [str(seed) for seed in range(summary["seeds"])]
+    evaluated = [float(row["eval_return"]) for row in rows[-summary["seeds"] :]]
+    assert evaluated == summary["eval_return"], "the last row is evaluated with the final parameters"
+    best = np.nanmax(np.array([float(row["eval_return"]) for row in rows]).reshape(-1, summary["seeds"]), axis=0)
+    assert summary["best_eval_return"] == best.tolist()
+    assert {"loss", "epsilon", "return", "length", "episodes"} <= set(rows[0])
+
+
+def test_people_get_a_summary_that_says_what_to_do_next(finished, dqn_jax_command, tmp_path):
+    folder, command = finished
+    shutil.copytree(folder, tmp_path / "copy")
+    status, out, _ = dqn_jax_command("train", "--resume", "copy")
+    assert status == 0
+    assert command[1] in out and "dqn-jax eval copy" in out
+    assert "nan" not in out
+
+
+def test_several_environments_feed_one_agent(summary_of):
+    summary = summary_of("train", HOST, *TINY, "--num-envs", 2, "--name", "two")
+    assert summary["steps"] == STEPS and summary["updates"] > 0
+    assert json.loads(Path("runs/two/config.json").read_text())["num_envs"] == 2
+
+
+def test_a_preset_is_recorded_and_flags_override_it(summary_of):
+    words = ["--preset", "deck", "--gamma", 0.5, "--hidden", 8, "--steps", 64, "--eval-episodes", 1]
+    summary_of("train", HOST, *words, "--name", "deck")
+    options = json.loads(Path("runs/deck/config.json").read_text())["options"]
+    assert options["gamma"] == 0.5 and options["hidden"] == [8]
+    assert options["n_steps"] == 3 and options["double"] is False and options["epsilon"] == [0.5, 0.1, 50_000]
+
+
+# Environment arguments.
+
+
+def made_env(monkeypatch, command, *words):
+    """The environment that a command would train in."""
+    tasks = []
+    monkeypatch.setattr(cli, "train", lambda task, folder, resume: tasks.append(task) or {})
+    status, _, err = command("train", *words, "--json")
+    assert status == 0, err
+    return envs.make(tasks[0].env, **tasks[0].env_args)
+
+
+@pytest.mark.parametrize("size", [4, 6])
+def test_env_arg_reaches_gymnax(size, dqn_jax_command, monkeypatch):
+    pytest.importorskip("gymnax")
+    env = made_env(monkeypatch, dqn_jax_command, "gymnax/DeepSea-bsuite", "--env-arg", f"size={size}")
+    assert env.observation_space.shape == (size, size)
+
+
+def test_env_arg_reaches_phys2d(dqn_jax_command, monkeypatch):
+    def pole(*words):
+        env = made_env(monkeypatch, dqn_jax_command, COMPILED, *words)
+        state, _ = env.reset(jax.random.key(0))
+        return env.step(jax.random.key(1), state, 1)[1].observation
+
+    assert not np.array_equal(pole(), pole("--env-arg", "polemass_length=0.05"))
+
+
+# Stopping and going on.
+
+
+@pytest.mark.parametrize(
+    ("finished", "runs", "number"),
+    [(HOST, HostRuns, signal.SIGTERM), (COMPILED, CompiledRuns, signal.SIGINT)],
+    ids=["host", "compiled"],
+    indirect=["finished"],
+)
+def test_interrupt_and_resume(finished, runs, number, dqn_jax_command, summary_of, monkeypatch):
+    folder, command = finished
+    handler = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        stop_after(patch, runs, 3, lambda: signal.raise_signal(number))
+        status, out, err = dqn_jax_command(*command, "--name", "stopped", "--json")
+    assert status == 0 and "Traceback" not in err
+    assert signal.getsignal(number) is handler
+    stopped = json.loads(out)
+    assert stopped["complete"] is False and 0 < stopped["steps"] < STEPS
+    assert len(stopped["eval_return"]) == stopped["seeds"]
+
+    resumed = summary_of("train", "--resume", "runs/stopped")
+    whole = json.loads((folder / "summary.json").read_text())
+    assert resumed["complete"] is True and resumed["steps"] == whole["steps"] and resumed["updates"] == whole["updates"]
+    if runs is CompiledRuns:  # The environments are part of the state. Those of the host are not, and begin anew.
+        assert resumed["state_sha256"] == whole["state_sha256"]
+    steps = [int(row["steps"]) for row in csv.DictReader(Path("runs/stopped/metrics.csv").read_text().splitlines())]
+    assert sorted(set(steps)) == list(dict.fromkeys(steps)), "the rows go on where they stopped, none twice"
+    assert steps[0] < stopped["steps"] < steps[-1] == resumed["steps"]
+
+
+def test_what_was_learnt_survives_an_environment_that_raises(dqn_jax_command, summary_of, monkeypatch):
+    def fail():
+        raise RuntimeError("the simulator is gone")
+
+    with monkeypatch.context() as patch:
+        stop_after(patch, HostRuns, 30, fail)
+        with pytest.raises(RuntimeError, match="the simulator is gone"):
+            dqn_jax_command("train", HOST, *TINY, "--name", "broken")
+    assert len(Path("runs/broken/metrics.csv").read_text().splitlines()) == 1 + 29
+    resumed = summary_of("train", "--resume", "runs/broken")
+    assert resumed["complete"] is True and resumed["steps"] == STEPS
+
+
+@pytest.mark.parametrize("finished", [HOST], ids=["host"], indirect=True)
+def test_resume_goes_beyond_the_end(finished, summary_of, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "longer")
+    summary = summary_of("train", "--resume", "longer", "--steps", STEPS + 100)
+    assert summary["complete"] is True and summary["steps"] >= STEPS + 100
+    assert json.loads(Path("longer/config.json").read_text())["steps"] == STEPS + 100
+
+
+# Looking at a run.
+
+
+def test_eval(finished, dqn_jax_command, summary_of):
+    folder, command = finished
+    status, out, _ = dqn_jax_command("eval", folder, "--episodes", 3)
+    assert status == 0 and re.search(r"mean return \d+\.\d over 3 greedy episodes", out)
+    result = summary_of("eval", folder, "--episodes", 3)
+    assert result["env"] == command[1] and len(result["returns"]) == 3
+    assert result["mean"] == pytest.approx(np.mean(result["returns"]))
+    assert summary_of("eval", folder, "--episodes", 3) == result
+
+
+@pytest.mark.parametrize("finished", [COMPILED], ids=["compiled"], indirect=True)
+def test_eval_of_one_seed_in_another_environment(finished, dqn_jax_command, summary_of):
+    folder, _ = finished
+    result = summary_of("eval", folder, "--seed", 2, "--env", HOST, "--episodes", 2)
+    assert result["env"] == HOST and len(result["returns"]) == 2
+    status, _, err = dqn_jax_command("eval", folder, "--seed", 3)
+    assert status == 2 and "no seed 3" in err
+
+
+@pytest.mark.parametrize("words", [("eval",), ("train", "--resume")], ids=["eval", "resume"])
+@pytest.mark.parametrize("finished", [HOST], ids=["host"], indirect=True)
+def test_a_run_cannot_name_a_module_to_import(finished, words, dqn_jax_command, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "foreign")
+    (tmp_path / "trap.py").write_text("raise SystemExit('imported')")
+    config = tmp_path / "foreign/config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "env": "trap:CartPole-v1"}))
+    status, out, err = dqn_jax_command(*words, "foreign")
+    assert status == 2 and out == ""
+    assert "trap:CartPole-v1" in err and "Traceback" not in err
+
+
+# What is refused.
+
+
+REFUSED = [
+    ([], "train"),
+    (["train"], "name an environment"),
+    (["train", HOST, "--gama", 0.9], "--gamma"),
+    (["train", HOST, "--gamma", "much"], "--gamma"),
+    (["train", HOST, "--gamma", 2], "gamma must be in [0, 1]"),
+    (["train", HOST, "--batch-size", 0], "batch_size must be at least 1"),
+    (["train", HOST, "--loss", "l1"], "huber"),
+    (["train", HOST, "--epsilon", 1, 2, 3], "epsilon's end"),
+    (["train", HOST, "--preset", "dek"], "deck"),
+    (["train", HOST, "--algo", "ppo"], "dqn"),
+    (["train", HOST, "--steps", 0], "steps"),
+    (["train", HOST, "--steps", -5], "steps"),
+    (["train", HOST, "--seeds", 0], "seeds"),
+    (["train", COMPILED, "--seeds", 0], "seeds"),
+    (["train", HOST, "--num-envs", 0], "num_envs"),
+    (["train", COMPILED, "--num-envs", 0], "num_envs"),
+    (["train", HOST, "--num-envs", 3], "2 and 4"),
+    (["train", HOST, "--eval-episodes", 0], "eval_episodes"),
+    (["train", COMPILED, "--eval-episodes", 0], "eval_episodes"),
+    (["train", HOST, "--seed", -1], "seed"),
+    (["train", "NoSuch-v0"], "NoSuch"),
+    (["train", "CartPole"], "CartPole"),
+    (["train", "phys2d/NoSuch-v0"], "NoSuch"),
+    (["train", "Pendulum-v1"], "Discrete"),
+    (["train", HOST, "--env-arg", "size"], "NAME=VALUE"),
+    (["train", HOST, "--env-arg", "size=4"], "size"),
+    (["train", COMPILED, "--env-arg", "size=4"], "polemass_length"),
+    (["train", "--resume", "nothing"], "no run at nothing"),
+    (["eval", "nothing"], "no run at nothing"),
+]
+
+
+@pytest.mark.parametrize(("words", "says"), REFUSED, ids=[" ".join(map(str, words)) or "nothing" for words, _ in REFUSED])
+def test_refused_with_one_message_and_nothing_left_behind(words, says, dqn_jax_command, tmp_path):
+    status, out, err = dqn_jax_command(*words)
+    assert status == 2 and out == ""
+    assert says in err and "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("finished", [HOST], ids=["host"], indirect=True)
+def test_an_existing_run_is_not_written_over(finished, dqn_jax_command, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "runs/taken")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "runs/taken").iterdir()}
+    status, _, err = dqn_jax_command("train", HOST, *TINY, "--name", "taken")
+    assert status == 2 and "--resume runs/taken" in err
+    assert {path.name: path.read_bytes() for path in (tmp_path / "runs/taken").iterdir()} == before
+
+
+@pytest.mark.parametrize("finished", [HOST], ids=["host"], indirect=True)
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_resume_from_a_damaged_checkpoint_is_refused(finished, damage, dqn_jax_command, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "damaged")
+    last = tmp_path / "damaged/last.safetensors"
+    last.write_bytes(last.read_bytes()[:-100]) if damage == "cut" else last.unlink()
+    status, out, err = dqn_jax_command("train", "--resume", "damaged")
+    assert status == 2 and out == ""
+    assert "last.safetensors" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("finished", [HOST], ids=["host"], indirect=True)
+@pytest.mark.parametrize(
+    "words",
+    [("--episodes", 0), ("--seed", 1), ("--seed", -1), ("--env", "Acrobot-v1"), ("--env", "NoSuch-v0")],
+    ids=lambda words: " ".join(map(str, words)),
+)
+def test_eval_refuses(finished, words, dqn_jax_command):
+    status, out, err = dqn_jax_command("eval", finished[0], *words)
+    assert status == 2 and out == ""
+    assert "error: " in err and "Traceback" not in err
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the warning is for those who compute on the CPU by mistake")
+@pytest.mark.parametrize("installed", [True, False])
+def test_an_unused_gpu_is_pointed_out(installed, dqn_jax_command, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: "/bin/nvidia-smi" if installed and name == "nvidia-smi" else None)
+    monkeypatch.setattr(Path, "exists", lambda path: False)
+    _, _, err = dqn_jax_command("train", "NoSuch-v0")
+    assert ("dqn_jax[cuda]" in err) is installed

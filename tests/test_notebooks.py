@@ -1,0 +1,72 @@
+"""The notebooks run from top to bottom, are stored clean, and survive the interrupt that they invite."""
+
+from pathlib import Path
+
+import gymnasium
+import matplotlib
+import nbclient
+import nbformat
+import pytest
+
+NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+QUICKSTART = NOTEBOOKS[0]
+
+
+def read(path):
+    return nbformat.read(path, as_version=4)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_runs_without_error(path, tmp_path):
+    notebook = read(path)
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    streams = [output for cell in notebook.cells for output in cell.get("outputs", []) if output.output_type == "stream"]
+    assert [output.text for output in streams if output.name == "stderr"] == []
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_is_stored_clean(path):
+    notebook = read(path)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3"
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert cell.outputs == [] and cell.execution_count is None, f"clear the outputs of {path.name} before storing it"
+
+
+class InterruptedEvery500Steps(gymnasium.Wrapper):
+    """As if somebody pressed the stop button in the middle of an episode, again and again."""
+
+    def __init__(self, env):
+        super().__init__(env)
+        self.steps = 0
+
+    def step(self, action):
+        self.steps += 1
+        if self.steps % 500 == 0:
+            raise KeyboardInterrupt
+        return self.env.step(action)
+
+
+def test_interrupted_training_cell_leaves_an_agent_that_goes_on(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    matplotlib.use("Agg")
+    cells = {cell.id: cell.source for cell in read(QUICKSTART).cells}
+    notebook = {}
+    for name in ("imports", "agent"):
+        exec(cells[name], notebook)
+    agent = notebook["agent"]
+    notebook["env"] = InterruptedEvery500Steps(notebook["env"])
+
+    def run_the_cell():
+        exec(cells["live-loop"], notebook)
+        assert "run the cell again" in capsys.readouterr().out
+        return agent.get_statistics()
+
+    first = run_the_cell()
+    assert 400 < first["t"] < 500  # Each interrupt drops the step that was under way.
+    second, third = run_the_cell(), run_the_cell()
+    assert first["t"] < second["t"] < third["t"] and third["n_updates"] > 0
+    assert third["episodes"] == len(notebook["returns"])
+    observation, _ = notebook["env"].reset(seed=0)
+    assert agent.act(observation) in (0, 1)
