@@ -92,7 +92,7 @@ def assemble(algorithm: Algorithm, memory: Memory, *, discount: chex.Numeric, wa
             return Cadence(0, memory.demand, updates)
         if period % num_envs and num_envs % period:
             legal = [n for n in range(1, 2 * max(period, num_envs) + 1) if period % n == 0 or n % period == 0]
-            nearest = sorted(sorted(legal, key=lambda n: abs(n - num_envs))[:2])
+            nearest = max(n for n in legal if n < num_envs), min(n for n in legal if n > num_envs)
             raise ValueError(
                 f"an update every {period} transitions does not fit {num_envs} environments: one must divide the other; "
                 f"the nearest numbers of environments that fit are {' and '.join(map(str, nearest))}"

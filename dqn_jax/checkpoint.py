@@ -40,7 +40,7 @@ def save(path: str | os.PathLike, tree: chex.ArrayTree, info: dict[str, Any] | N
     manifest = json.dumps(
         {
             "sha256": _digest(leaves),
-            "leaves": {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in leaves.items()},
+            "leaves": {name: [list(leaf.shape), dtype] for name, (dtype, leaf) in leaves.items()},
             "info": info or {},
         }
     )
@@ -48,7 +48,7 @@ def save(path: str | os.PathLike, tree: chex.ArrayTree, info: dict[str, Any] | N
     handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
     os.close(handle)
     try:
-        save_file({name: _storable(leaf) for name, leaf in leaves.items()}, partial, metadata=header)
+        save_file({name: _storable(leaf) for name, (_, leaf) in leaves.items()}, partial, metadata=header)
         with open(partial, "rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -91,7 +91,7 @@ def load(path: str | os.PathLike, template: chex.ArrayTree) -> tuple[Any, dict[s
         )
     try:
         with safe_open(path, framework="numpy") as file:
-            leaves = {name: _stored(file.get_tensor(name), expected[name][1]) for name in expected}
+            leaves = {name: (dtype, _stored(file.get_tensor(name), dtype)) for name, (_, dtype) in expected.items()}
     except SafetensorError as error:
         raise CheckpointError(f"{path} is damaged ({error}): restore an earlier checkpoint") from error
     if _digest(leaves) != manifest["sha256"]:
@@ -139,23 +139,25 @@ def _key_impl(leaf: Any) -> str:
 
 
 def _shape_and_dtype(leaf: Any) -> tuple[tuple[int, ...], str]:
-    if _is_key(leaf):
-        leaf = jax.eval_shape(jax.random.key_data, leaf)
-    return tuple(leaf.shape), str(leaf.dtype)
+    """Of what is stored: a typed key keeps its own dtype, which names its implementation, and the shape of its data."""
+    data = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
+    return tuple(data.shape), str(leaf.dtype)
 
 
-def _host_leaves(tree: chex.ArrayTree) -> dict[str, np.ndarray]:
-    def to_host(leaf: Any) -> np.ndarray:
+def _host_leaves(tree: chex.ArrayTree) -> dict[str, tuple[str, np.ndarray]]:
+    """The dtype and the data of each leaf, by name."""
+
+    def to_host(leaf: Any) -> tuple[str, np.ndarray]:
         # ascontiguousarray gives scalars an axis, hence the reshape.
         array = np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
-        return np.ascontiguousarray(array).reshape(array.shape)
+        return str(leaf.dtype), np.ascontiguousarray(array).reshape(array.shape)
 
     return {name: to_host(leaf) for name, leaf in _named_leaves(tree).items()}
 
 
-def _rebuilt(template: chex.ArrayTree, leaves: dict[str, np.ndarray]) -> Any:
+def _rebuilt(template: chex.ArrayTree, leaves: dict[str, tuple[str, np.ndarray]]) -> Any:
     def to_device(path: Any, like: Any) -> jax.Array:
-        array = jnp.array(leaves[jax.tree_util.keystr(path)])  # A copy: the device must not share the file's memory.
+        array = jnp.array(leaves[jax.tree_util.keystr(path)][1])  # A copy: the device must not share the file's memory.
         return jax.random.wrap_key_data(array, impl=_key_impl(like)) if _is_key(like) else array
 
     return jax.tree_util.tree_map_with_path(to_device, template)
@@ -167,12 +169,12 @@ def _storable(leaf: np.ndarray) -> np.ndarray:
 
 
 def _stored(leaf: np.ndarray, dtype: str) -> np.ndarray:
-    return leaf if str(leaf.dtype) == dtype else leaf.view(jnp.dtype(dtype))
+    return leaf if dtype.startswith("key<") or str(leaf.dtype) == dtype else leaf.view(jnp.dtype(dtype))
 
 
-def _digest(leaves: dict[str, np.ndarray]) -> str:
+def _digest(leaves: dict[str, tuple[str, np.ndarray]]) -> str:
     sha = hashlib.sha256()
-    for name, leaf in leaves.items():
-        sha.update(f"{name} {leaf.shape} {leaf.dtype}\n".encode())
+    for name, (dtype, leaf) in leaves.items():
+        sha.update(f"{name} {leaf.shape} {dtype}\n".encode())
         sha.update(leaf.reshape(-1).view(np.uint8).data)
     return sha.hexdigest()

@@ -52,7 +52,7 @@ class Train:
     folder: Path = Path("runs")
     """Where the run's folder goes."""
     resume: Path | None = None
-    """A run's folder: go on from its last checkpoint."""
+    """A run's folder: go on from its last checkpoint, with the options of the run; only --steps and --json may stand beside it."""
     json: bool = False
     """Print the summary as the last line of standard output, one JSON object."""
     options: Annotated[DQNOptions, tyro.conf.arg(name="")] = dataclasses.field(default_factory=DQNOptions)
@@ -61,7 +61,7 @@ class Train:
 
 @dataclasses.dataclass(frozen=True)
 class Eval:
-    """Plays greedy episodes with the agent of a run."""
+    """Plays greedy episodes with the agent of a run, as it was when it evaluated best."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """The run's folder."""
@@ -105,26 +105,35 @@ def _named_preset(args: list[str]) -> str:
 
 def _train(command: Train) -> dict[str, Any]:
     if command.resume is not None:
+        others = [f.name for f in dataclasses.fields(Train) if getattr(command, f.name) != getattr(Train(), f.name)]
+        if extra := sorted(set(others) - {"resume", "steps", "json"}):
+            raise ValueError(f"--resume goes on with the run's own options; leave out {', '.join(extra)}")
         task, folder = _read_task(command.resume), command.resume
-        task = task._replace(steps=command.steps or task.steps)
+        task = task._replace(steps=task.steps if command.steps is None else command.steps)
     elif command.env is None:
         raise ValueError("name an environment (dqn-jax train CartPole-v1), or a run to go on with (--resume RUN)")
     else:
         task = Task(
             env=command.env,
             env_args=dict(map(_parse_env_arg, command.env_arg)),
-            steps=command.steps or 50_000,
+            steps=50_000 if command.steps is None else command.steps,
             seed=command.seed,
             seeds=command.seeds,
             num_envs=command.num_envs,
             eval_episodes=command.eval_episodes,
             options=dataclasses.asdict(command.options),
         )
-        folder = command.folder / (command.name or f"{command.env.replace('/', '-')}-{time.strftime('%Y%m%d-%H%M%S')}")
+        folder = command.folder / (command.name or _new_name(command))
     summary = train(task, folder, resume=command.resume is not None)
     if not command.json:
         _print_summary(summary)
     return summary
+
+
+def _new_name(command: Train) -> str:
+    name = f"{str(command.env).replace('/', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(name for name in names if not (command.folder / name).exists())
 
 
 def _print_summary(summary: dict[str, Any]) -> None:
@@ -139,6 +148,8 @@ def _print_summary(summary: dict[str, Any]) -> None:
 
     print(f"{summary['algo']} on {summary['env']}: {summary['steps']:,} steps, {summary['updates']:,} updates, {summary['seeds']} seed(s)")
     print(f"  greedy return, final parameters   {shown(summary['eval_iqm'])}{interval('eval')}")
+    best = [value for value in summary["best_eval_return"] if value is not None]
+    print(f"  greedy return, best on the way    {shown(sum(best) / len(best) if best else None)} (kept for dqn-jax eval)")
     print(f"  return in the last tenth          {shown(summary['online_iqm'])}{interval('online')}")
     print(
         f"  steps per second                  {shown(summary['steps_per_second'])} after {summary['compile_seconds']:.1f} s of compilation"
@@ -153,6 +164,8 @@ def _print_summary(summary: dict[str, Any]) -> None:
 
 def _eval(command: Eval) -> dict[str, Any]:
     task = _read_task(command.run)
+    if command.episodes < 1:
+        raise ValueError(f"--episodes must be at least 1, got {command.episodes}")
     if not 0 <= command.seed < task.seeds:
         raise ValueError(f"the run has {task.seeds} seed(s), 0 to {task.seeds - 1}: there is no seed {command.seed}")
     compiled = envs.is_jax_env(task.env)

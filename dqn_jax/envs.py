@@ -96,10 +96,12 @@ def from_gymnax(environment: Any, params: Any) -> Env:
         observation, inner, reward, terminated, _ = environment.step_env(key, inner, action, params)
         return inner, observation, reward, terminated, environment.is_truncated(inner, params)
 
+    # Some spaces name another dtype than the environment gives (Catch-bsuite does); what it gives counts.
+    seen = jax.eval_shape(lambda: reset(jax.random.key(0)))[1]
     env = with_auto_reset(
         reset,
         transition,
-        _from_gymnax_space(environment.observation_space(params)),
+        _from_gymnax_space(environment.observation_space(params), seen),
         _from_gymnax_space(environment.action_space(params)),
         None,
     )
@@ -133,6 +135,7 @@ def make(env_id: str, **env_args: Any) -> Env:
       ModuleNotFoundError: if gymnax is asked for and not installed.
       ValueError: if the id is not a JAX environment.
       TypeError: if it has no such parameter.
+      NotImplementedError: if the environment's code cannot be traced.
     """
     if env_id.startswith("gymnax/"):
         return _make_gymnax(env_id.removeprefix("gymnax/"), env_args)
@@ -140,7 +143,12 @@ def make(env_id: str, **env_args: Any) -> Env:
         raise ValueError(f"{env_id} is not written in JAX: use gymnasium.make and the step-by-step agent, or a phys2d/ or gymnax/ id")
     func_env = gymnasium.make(env_id, disable_env_checker=True).unwrapped.func_env  # type: ignore[attr-defined]
     params = func_env.get_default_params()
-    return from_func_env(func_env, params=_replaced(params, env_args, env_id), time_limit=gymnasium.spec(env_id).max_episode_steps)
+    env = from_func_env(func_env, params=_replaced(params, env_args, env_id), time_limit=gymnasium.spec(env_id).max_episode_steps)
+    try:
+        jax.eval_shape(lambda key: env.step(key, env.reset(key)[0], jnp.asarray(env.action_space.sample())), jax.random.key(0))
+    except jax.errors.JAXTypeError as error:
+        raise NotImplementedError(f"{env_id} cannot be traced by JAX ({type(error).__name__} inside Gymnasium's own code)") from error
+    return env
 
 
 def _make_gymnax(name: str, env_args: dict[str, Any]) -> Env:
@@ -162,7 +170,8 @@ def _replaced(params: Any, env_args: dict[str, Any], name: str) -> Any:
     return params.replace(**env_args) if env_args else params
 
 
-def _from_gymnax_space(space: Any) -> gymnasium.Space:
+def _from_gymnax_space(space: Any, seen: Any = None) -> gymnasium.Space:
+    """The Gymnasium space; ``seen`` are the shapes of the values in it, where they are known."""
     from gymnax.environments import spaces as gymnax_spaces
 
     if isinstance(space, gymnax_spaces.Discrete):
@@ -170,9 +179,9 @@ def _from_gymnax_space(space: Any) -> gymnasium.Space:
     if isinstance(space, gymnax_spaces.Box):
         shape = tuple(space.shape)
         low, high = (np.broadcast_to(np.asarray(bound), shape) for bound in (space.low, space.high))
-        return gymnasium.spaces.Box(low, high, shape, np.dtype(space.dtype))
+        return gymnasium.spaces.Box(low, high, shape, np.dtype(space.dtype if seen is None else seen.dtype))
     if isinstance(space, gymnax_spaces.Dict):
-        return gymnasium.spaces.Dict({name: _from_gymnax_space(member) for name, member in space.spaces.items()})
+        return gymnasium.spaces.Dict({name: _from_gymnax_space(member, seen and seen[name]) for name, member in space.spaces.items()})
     raise NotImplementedError(f"gymnax space {space} is not supported")
 
 

@@ -46,16 +46,18 @@ def train(task: Task, folder: Path, *, resume: bool = False) -> dict[str, Any]:
       FileExistsError: if the folder holds a run and ``resume`` is False.
       FileNotFoundError, dqn_jax.CheckpointError: if there is nothing sound to resume from.
     """
+    _require_counts(task)
     say(describe_device())
     if not resume and (folder / "config.json").exists():
         raise FileExistsError(f"{folder} holds a run: choose another --name, or go on with --resume {folder}")
-    runs = make_runs(task)  # Bad options end here, before anything is written.
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(task._asdict(), indent=2) + "\n")
+    runs = make_runs(task)
     say("compiling ...")
     start = time.perf_counter()
     runs.compile()
     compile_seconds = time.perf_counter() - start
+    # Bad options have ended above, before anything is written.
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(task._asdict(), indent=2) + "\n")
     log = Log(folder, task)
     if resume:
         log.restore(runs)
@@ -262,6 +264,13 @@ def draw_curve(rows: list[dict[str, float]], path: Path) -> None:
 def say(text: str) -> None:
     """A line for people: on standard error, so that standard output holds results only."""
     print(text, file=sys.stderr, flush=True)
+
+
+def _require_counts(task: Task) -> None:
+    lowest = {"steps": 1, "seeds": 1, "num_envs": 1, "eval_episodes": 1, "seed": 0}
+    for name, low in lowest.items():
+        if getattr(task, name) < low:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(task, name)}")
 
 
 def _over_seeds(name: str, values: np.ndarray) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dqn_jax import checkpoint, spaces
-from dqn_jax.programs import Ahead, compile_programs
+from dqn_jax.programs import Ahead, Packing, Parts, compile_programs
 from dqn_jax.types import Agent, AgentState, RunState
 
 RECENT = 100  # Updates over which the statistics are averaged.
@@ -61,12 +61,17 @@ class OnlineAgent:
         self.action_space = action_space
         self._agent = agent
         self._cadence = agent.cadence(num_envs)
-        self._programs = compile_programs(agent, num_envs, self._cadence.updates)
         self._example = spaces.example(observation_space, num_envs)
         fresh = jax.eval_shape(agent.init, jax.random.key(seed), self._example)
         self._noise = Ahead(lambda state, counter: agent.noise(state, counter, num_envs), fresh)
         self._draws = Ahead(agent.draw, fresh, self._cadence.updates)
-        self._decision = jax.eval_shape(agent.explore, fresh, self._example, self._noise.row)[1]
+        self._metrics = tuple(jax.eval_shape(agent.update, fresh, self._draws.row)[1])
+        pending = self._example, jax.eval_shape(agent.explore, fresh, self._example, self._noise.row)[1]
+        self._nothing = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), pending)
+        rest = fresh._replace(learner=(), memory=(), key=())
+        self._parts = Parts(*map(Packing, (pending, rest, fresh.memory, fresh.learner)))
+        self._action_place = len(jax.tree.leaves(self._example))  # Of the action among the pending leaves.
+        self._programs = compile_programs(agent, num_envs, self._cadence.updates, self._parts)
         self._checks: dict[tuple[str, bool], spaces.Check] = {}
         for single in (True, False):
             lead = None if single else num_envs
@@ -79,7 +84,7 @@ class OnlineAgent:
         self._pending = False  # Whether a decision waits for its outcome.
         self._uncut = True  # Whether the stored stream may run on into an episode that it does not belong to.
         self._episodes = self._base = 0
-        self._restart(self._programs.init(jax.random.key(seed), self._example) if state is None else _fitting(fresh, state))
+        self._restart(jax.jit(agent.init)(jax.random.key(seed), self._example) if state is None else _fitting(fresh, state))
 
     # The deck's interface: one environment.
 
@@ -209,10 +214,10 @@ class OnlineAgent:
           ``t`` (transitions stored), ``episodes`` (ended), ``n_updates``, ``replay_size`` (transitions held), and ``average_...`` of
           each metric of the algorithm over the last 100 updates (``average_loss`` and ``average_q`` for DQN), NaN before the first.
         """
-        recent = jax.device_get(list(self._recent)) or [self._no_metrics()]
-        averages = {f"average_{name}": float(np.mean([metrics[name] for metrics in recent])) for name in recent[0]}
+        recent = jax.device_get(list(self._recent)) or [dict.fromkeys(self._metrics, math.nan)]
+        averages = {f"average_{name}": float(np.mean([metrics[name] for metrics in recent])) for name in self._metrics}
         counts = {"t": self._step, "episodes": self._episodes, "n_updates": self._updates}
-        return {**counts, "replay_size": int(np.array(self._cell[MEMORY].size)) * self.num_envs, **averages}
+        return {**counts, "replay_size": int(np.array(self._part(MEMORY).size)) * self.num_envs, **averages}
 
     @property
     def agent(self) -> Agent:
@@ -228,7 +233,7 @@ class OnlineAgent:
     def run_state(self) -> RunState:
         """A copy of everything: the agent's state, the pending step, the counts."""
         recent = list(self._recent)
-        padded = recent + [self._no_metrics()] * (RECENT - len(recent))
+        padded = recent + [dict.fromkeys(self._metrics, math.nan)] * (RECENT - len(recent))
         statistics = {
             "pending": np.asarray(self._pending),
             "uncut": np.asarray(self._uncut),
@@ -237,12 +242,12 @@ class OnlineAgent:
             "recent": np.asarray(len(recent), np.int32),
             "metrics": jax.tree.map(lambda *values: np.asarray(jax.device_get(values), np.float32), *padded),
         }
-        return RunState(self.state, (), jax.tree.map(jnp.copy, self._cell[PENDING]), statistics)
+        return RunState(self.state, (), jax.tree.map(jnp.copy, self._part(PENDING)), statistics)
 
     def restore(self, run: RunState) -> None:
         """Goes on exactly where the agent stopped whose ``run_state`` this is. The arrays are taken over, not copied."""
         self._restart(run.agent)
-        self._cell[PENDING] = run.pending
+        self._cell[PENDING] = self._parts.pending.pack(run.pending)
         saved = jax.device_get(run.statistics)
         self._pending, self._uncut = bool(saved["pending"]), bool(saved["uncut"])
         self._episodes = int(saved["episodes"])
@@ -271,20 +276,18 @@ class OnlineAgent:
 
     def compile(self) -> None:
         """Compiles everything now, so that no later call waits for it. Works on copies: the agent does not change."""
-        state = self.state
-        pending = jax.tree.map(jnp.copy, self._cell[PENDING])
-        parts = state._replace(learner=(), memory=()), state.memory
+        pending, rest, memory, learner = jax.tree.map(jnp.copy, self._cell[:METRICS])
         outcome = np.zeros((3, self.num_envs), np.float32)
         noise = self._noise.block(self._decisions, self._live_state)
         draws = self._draws.block(self._updates, self._live_state)
         run = self._programs
-        run.act(state.learner, self._example)
-        pending, rest = run.begin(state.learner, parts[0], self._example, *noise)
-        rest, memory = run.cut(rest, parts[1])
+        run.act(learner, self._example)
+        pending, rest = run.begin(learner, rest, self._example, *noise)
+        rest, memory = run.cut(rest, memory)
         successor = None if self.num_envs == 1 else self._example
-        pending, rest, memory = run.step(state.learner, rest, memory, pending, self._example, successor, outcome, *noise)
+        pending, rest, memory = run.step(learner, rest, memory, pending, self._example, successor, outcome, *noise)
         rest, memory = run.end(rest, memory, pending, self._example, outcome)
-        jax.block_until_ready(run.update(state.learner, rest, memory, *draws))
+        jax.block_until_ready(run.update(learner, rest, memory, *draws))
 
     # Inside.
 
@@ -309,7 +312,7 @@ class OnlineAgent:
                 self._swap(slice(REST, METRICS + 1), programs.update, cell[LEARNER], cell[REST], cell[MEMORY], *drawn)
                 self._updates += self._cadence.updates
                 self._recent.append(cell[METRICS])
-            return np.asarray(cell[PENDING][1].action)
+            return np.asarray(cell[PENDING][self._action_place])
         except BaseException:
             self._recover()
             raise
@@ -331,9 +334,9 @@ class OnlineAgent:
 
     def _restart(self, state: AgentState) -> None:
         """Begins with this state, with no episode open and no update owed."""
-        rest = state._replace(learner=(), memory=())
-        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (self._example, self._decision))
-        self._cell[:] = [nothing, rest, state.memory, state.learner, None]
+        trees = jax.tree.map(jnp.array, self._nothing), state._replace(learner=(), memory=(), key=()), state.memory, state.learner
+        self._key = state.key
+        self._cell[:] = [*(packing.pack(tree) for packing, tree in zip(self._parts, trees, strict=True)), None]
         self._recent.clear()
         self._episodes = 0
         self._pending, self._uncut = False, True
@@ -343,7 +346,7 @@ class OnlineAgent:
         self._draws.forget()
 
     def _read_counters(self) -> None:
-        rest = self._cell[REST]
+        rest = self._part(REST)
         self._step, self._decisions, self._updates = (int(np.array(n)) for n in (rest.step, rest.decisions, rest.updates))
 
     def _recover(self) -> None:
@@ -354,14 +357,13 @@ class OnlineAgent:
         self.stop_episode()
 
     def _live_state(self) -> AgentState:
-        return self._cell[REST]._replace(learner=self._cell[LEARNER], memory=self._cell[MEMORY])
+        return self._part(REST)._replace(learner=self._part(LEARNER), memory=self._part(MEMORY), key=self._key)
 
-    def _no_metrics(self) -> dict[str, float]:
-        shapes = jax.eval_shape(self._agent.update, self._live_state(), self._draws.row)[1]
-        return dict.fromkeys(shapes, math.nan)
+    def _part(self, place: int) -> Any:
+        return self._parts[place].unpack(self._cell[place])
 
     def _greedy(self, observation: Any) -> np.ndarray:
-        return np.asarray(self._programs.act(self._cell[LEARNER], observation))
+        return np.asarray(self._programs.act(self._cell[LEARNER], observation)[0])
 
     def _observation(self, observation: Any, single: bool) -> Any:
         checked = self._checks["observation", single](observation)

@@ -15,7 +15,7 @@ from dqn_jax.agent import assemble
 from dqn_jax.algorithms.dqn import dqn as dqn_algorithm
 from dqn_jax.memory import ring
 from dqn_jax.online import OnlineAgent
-from dqn_jax.types import Agent, AgentState, Env
+from dqn_jax.types import Agent, AgentState, Env, Masked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,29 +24,29 @@ class DQNOptions:
 
     gamma: float = 0.99
     """Discount factor per environment step, in [0, 1]."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 7e-4
     """Step size of Adam; unused where an optimizer is given."""
     hidden: tuple[int, ...] = (64, 64)
     """Widths of the MLP's hidden layers; unused where a network is given."""
-    loss: Literal["huber", "mse"] = "huber"
+    loss: Literal["huber", "mse"] = "mse"
     """Loss of the TD error."""
     double: bool = True
     """Double DQN: the online network chooses the bootstrap action, the target network values it."""
-    n_steps: int = 1
+    n_steps: int = 5
     """Rows of an n-step return."""
-    batch_size: int = 64
+    batch_size: int = 128
     """Transitions in a batch."""
     capacity: int = 50_000
     """Transitions that the replay keeps."""
     replay_start_size: int = 1_000
     """Transitions stored before the first update."""
-    update_interval: int = 4
+    update_interval: int = 1
     """Transitions between updates; it and num_envs must divide one another."""
     updates_per_interval: int = 1
     """Updates at each interval."""
     target_update_interval: int | None = None
     """Transitions between refreshes of the target network; by default 500 where tau is 1, else every update."""
-    tau: float = 1.0
+    tau: float = 0.005
     """How far a refresh moves the target to the online parameters; 1 copies them."""
     epsilon: tuple[float, float, int] | float = (1.0, 0.05, 10_000)
     """Chance of a random action: start, end and the transitions between (linear); or a constant; in Python also an optax schedule."""
@@ -67,7 +67,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "target_update_interval": 100,
         "capacity": 2_000,
         "epsilon": (0.5, 0.1, 50_000),
-        "loss": "mse",
+        "tau": 1.0,
         "double": False,
         "max_grad_norm": None,
     },
@@ -97,7 +97,11 @@ def dqn(env_or_spaces: Any, *, network: Any = None, optimizer: optax.GradientTra
     """
     observation_space, action_space, _ = read_spaces(env_or_spaces)
     num_actions = spaces.num_actions(action_space, "DQN")
-    spaces.example(observation_space, 1)  # Raises where a space is not supported.
+    observation = spaces.example(observation_space, 1)  # Raises where a space is not supported.
+    if isinstance(observation, Masked) and observation.action_mask.shape[1:] != (num_actions,):
+        raise ValueError(
+            f"action_mask has shape {observation.action_mask.shape[1:]}, there are {num_actions} actions: give one entry for each"
+        )
     o = dqn_options(**options)
     for name, given, functions in (("network", network, ("init", "apply")), ("optimizer", optimizer, ("init", "update"))):
         if given is not None and not all(hasattr(given, function) for function in functions):

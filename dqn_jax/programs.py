@@ -1,7 +1,8 @@
 """The compiled programs of the host driver, and the random numbers drawn ahead for them.
 
-The agent's state travels in three parts, so that a program takes and returns only what it changes: each array that enters or leaves
-costs more than the arithmetic of a small network. ``rest`` is the AgentState without learner and memory.
+The agent's state travels in parts, so that a program takes and returns only what it changes (each array that enters or leaves costs
+more than the arithmetic of a small network), and each part as a builtin tuple of raw arrays. To hand out a NamedTuple or a typed key
+runs Python code after the old state is gone, and there an interrupt would strike: it then lost agents in half of the trials.
 """
 
 import math
@@ -18,11 +19,47 @@ AHEAD_BYTES = 1 << 20  # What a block of random numbers, drawn ahead in one call
 AHEAD_ROWS = 1024
 
 
-class Programs(NamedTuple):
-    """The compiled functions of one agent; what they donate is gone after the call.
+class Packing:
+    """Turns trees of one shape into builtin tuples of raw arrays, and back.
+
+    Args:
+      shapes: the tree, of arrays or shapes.
+    """
+
+    def __init__(self, shapes: Any):
+        leaves, self._structure = jax.tree.flatten(shapes)
+        self._impls = [jax.random.key_impl(jnp.zeros(leaf.shape, leaf.dtype)) if _is_key(leaf) else None for leaf in leaves]
+
+    def pack(self, tree: Any) -> tuple[Any, ...]:
+        """The leaves, typed keys as their data."""
+        return tuple(jax.random.key_data(leaf) if _is_key(leaf) else leaf for leaf in jax.tree.leaves(tree))
+
+    def unpack(self, leaves: tuple[Any, ...]) -> Any:
+        """The tree again."""
+        both = zip(leaves, self._impls, strict=True)
+        return self._structure.unflatten([leaf if impl is None else jax.random.wrap_key_data(leaf, impl=impl) for leaf, impl in both])
+
+
+class Parts(NamedTuple):
+    """How each part of an agent's state is packed.
 
     Attributes:
-      init: ``(key, observation[N]) -> AgentState``.
+      pending: ``(observation, Decision)``: the decision that waits for its outcome.
+      rest: the AgentState without learner, memory and key; no program needs the key, whose numbers are drawn ahead.
+      memory: the replay.
+      learner: the algorithm's record.
+    """
+
+    pending: Packing
+    rest: Packing
+    memory: Packing
+    learner: Packing
+
+
+class Programs(NamedTuple):
+    """The compiled functions of one agent, on packed parts; what they donate is gone after the call.
+
+    Attributes:
       begin: ``(learner, rest*, observation, noise, start) -> (pending, rest)``: the first decision of an episode.
       step: ``(learner, rest*, memory*, pending, observation, successor | None, outcome, noise, start) -> (pending, rest, memory)``: stores
         what ``observation`` completes, and decides. Without a successor the observation is it.
@@ -34,7 +71,6 @@ class Programs(NamedTuple):
     A star marks what is donated; ``outcome`` is ``[3, N]``: reward, discount, last; ``start`` is the counter at which a block begins.
     """
 
-    init: Callable[..., Any]
     begin: Callable[..., Any]
     step: Callable[..., Any]
     end: Callable[..., Any]
@@ -77,14 +113,25 @@ class Ahead:
         self._block = None
 
 
-def compile_programs(agent: Agent, num_envs: int, updates: int) -> Programs:
+def compile_programs(agent: Agent, num_envs: int, updates: int, parts: Parts) -> Programs:
     """The programs of ``agent`` for ``num_envs`` environments and ``updates`` updates at each interval; each compiles when first called."""
+
+    def program(function: Callable[..., Any], takes: str, gives: str, donate: tuple[int, ...] = ()) -> Callable[..., Any]:
+        """``function`` on trees, compiled on packed parts: the words name them, a dash goes as it is."""
+        taken, given = ([getattr(parts, word, None) for word in words.split()] for words in (takes, gives))
+
+        def run(*args: Any) -> tuple[Any, ...]:
+            trees = [arg if part is None else part.unpack(arg) for part, arg in zip(taken, args, strict=True)]
+            results = function(*trees)
+            return tuple(tree if part is None else part.pack(tree) for part, tree in zip(given, results, strict=True))
+
+        return jax.jit(run, donate_argnums=donate)
 
     def whole(learner: Any, rest: AgentState, memory: Any) -> AgentState:
         return rest._replace(learner=learner, memory=memory)
 
     def apart(state: AgentState) -> tuple[AgentState, Any, Any]:
-        return state._replace(learner=(), memory=()), state.memory, state.learner
+        return state._replace(learner=(), memory=(), key=()), state.memory, state.learner
 
     def row(block: Any, index: chex.Array) -> Any:
         return jax.tree.map(lambda leaf: leaf[index], block)
@@ -132,11 +179,14 @@ def compile_programs(agent: Agent, num_envs: int, updates: int) -> Programs:
         return (*apart(state), jax.tree.map(jnp.mean, metrics))
 
     return Programs(
-        init=jax.jit(agent.init),
-        begin=jax.jit(begin, donate_argnums=1),
-        step=jax.jit(step, donate_argnums=(1, 2)),
-        end=jax.jit(end, donate_argnums=(0, 1)),
-        cut=jax.jit(cut, donate_argnums=(0, 1)),
-        update=jax.jit(update, donate_argnums=(0, 1, 2)),
-        act=jax.jit(agent.exploit),
+        begin=program(begin, "learner rest - - -", "pending rest", donate=(1,)),
+        step=program(step, "learner rest memory pending - - - - -", "pending rest memory", donate=(1, 2)),
+        end=program(end, "rest memory pending - -", "rest memory", donate=(0, 1)),
+        cut=program(cut, "rest memory", "rest memory", donate=(0, 1)),
+        update=program(update, "learner rest memory - -", "rest memory learner -", donate=(0, 1, 2)),
+        act=program(lambda learner, observation: (agent.exploit(learner, observation),), "learner -", "-"),
     )
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)

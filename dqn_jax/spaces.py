@@ -202,13 +202,18 @@ def _mask_check(shape: tuple[int, ...], lead: tuple[int, ...], name: str) -> Che
 
 
 def _require_finite(array: np.ndarray, name: str) -> None:
-    bad = np.argwhere(~(np.abs(array) <= FLOAT32_MAX))
+    bad = np.argwhere(~_fits_float32(array))
     if len(bad):
         where = ", ".join(map(str, bad[0]))
         raise ValueError(
             f"{name}[{where}] is {array[tuple(bad[0])]} ({len(bad)} of {array.size} entries are not finite): nothing was stored; "
             "repair the environment, or end the episode with stop_episode()"
         )
+
+
+def _fits_float32(array: np.ndarray) -> np.ndarray:
+    """Where the numbers are finite in float32. Compared in float64: in float16 the limit itself would be infinite."""
+    return np.abs(array.astype(np.float64)) <= FLOAT32_MAX
 
 
 def reward_check(num_envs: int | None) -> Check:
@@ -221,7 +226,7 @@ def reward_check(num_envs: int | None) -> Check:
             raise ValueError(f"reward has shape {array.shape}, expected {shape}: one number for each environment")
         if array.dtype.kind not in "fiub":
             raise TypeError(f"reward has dtype {array.dtype} (got {value!r}), expected a real number")
-        if not (np.abs(array) <= FLOAT32_MAX).all():
+        if not _fits_float32(array).all():
             raise ValueError(f"reward is {value}: nothing was stored; repair the environment, or end the episode with stop_episode()")
         return np.array(array, np.float32).reshape(num_envs or 1)
 

@@ -175,9 +175,15 @@ def train(agent: Agent, env: Env, *, num_steps: int, num_envs: int = 1, history_
         state, side, transition = decide_and_step(state, run.env, *drawn)
         return RunState(state, side, transition, _count(run.statistics, transition)), None
 
-    def cycle(run: RunState, drawn: tuple[Any, Any]) -> tuple[RunState, Any]:
-        for_rows, for_updates = drawn
-        run = jax.lax.scan(interact, run, for_rows)[0]
+    def cycle(run: RunState, drawn: tuple[Any, tuple[Any, Any]]) -> tuple[RunState, Any]:
+        tick, (for_rows, for_updates) = drawn
+        if cadence.rows == 1:
+            # A loop of one known turn would be inlined, and XLA would then fuse the write into the replay with the reads after it and
+            # copy the replay for that. So the turn is hidden from it.
+            row = jax.tree.map(lambda leaf: leaf[0], for_rows)
+            run = jax.lax.fori_loop(tick, tick + 1, lambda _, run: interact(run, row)[0], run)
+        else:
+            run = jax.lax.scan(interact, run, for_rows)[0]
         state, metrics = jax.lax.scan(agent.update, run.agent, for_updates)
         return run._replace(agent=state), metrics
 
@@ -188,7 +194,7 @@ def train(agent: Agent, env: Env, *, num_steps: int, num_envs: int = 1, history_
         for_rows = ahead(run.agent, run.env, cycles_per_block * cadence.rows)
         counters = run.agent.updates + jnp.arange(cycles_per_block * cadence.updates)
         for_updates = jax.vmap(lambda counter: agent.draw(run.agent, counter))(counters)
-        return jax.lax.scan(cycle, run, (by_cycle(for_rows), by_cycle(for_updates)))
+        return jax.lax.scan(cycle, run, (jnp.arange(cycles_per_block), (by_cycle(for_rows), by_cycle(for_updates))))
 
     def reset(key: chex.PRNGKey) -> tuple[Any, chex.ArrayTree]:
         return jax.vmap(env.reset)(jax.random.split(key, num_envs))

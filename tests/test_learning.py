@@ -7,6 +7,7 @@ import pytest
 
 import dqn_jax
 from dqn_jax import DQN
+from dqn_jax.statistics import iqm
 
 pytestmark = pytest.mark.slow
 
@@ -42,13 +43,6 @@ def test_cartpole_step_by_step():
     assert sum(score >= 475 for score in scores.values()) >= 4, scores
 
 
-def interquartile_mean(scores):
-    """The mean of the middle half: a few failed seeds neither hide nor dominate."""
-    scores = np.sort(np.ravel(scores))
-    cut = len(scores) // 4
-    return float(scores[cut : len(scores) - cut].mean())
-
-
 def compiled_scores(num_seeds, num_steps):
     """Greedy returns ``[seeds]`` of the default agent on phys2d's CartPole with CartPole-v1's dynamics."""
     env = dqn_jax.make("phys2d/CartPole-v1", polemass_length=0.05)
@@ -61,4 +55,4 @@ def compiled_scores(num_seeds, num_steps):
 
 def test_cartpole_compiled():
     scores = compiled_scores(num_seeds=32, num_steps=100_000)
-    assert interquartile_mean(scores) >= 475, np.sort(scores)
+    assert iqm(scores) >= 475, np.sort(scores)

@@ -568,7 +568,7 @@ def test_interrupts_at_random_moments_leave_the_agent_usable(as_new):
 
 
 def test_exception_in_the_middle_leaves_the_agent_usable():
-    switch = {"broken": True}
+    switch = {"broken": False}
 
     def apply(params, observation):
         if observation.shape[0] == 4 and switch["broken"]:  # The batch of an update, not a decision.
@@ -577,6 +577,7 @@ def test_exception_in_the_middle_leaves_the_agent_usable():
 
     options = {**STEPPING, "network": Network(LINEAR.init, apply), "replay_start_size": 4, "update_interval": 1}
     agent = DQN(SPACES, **options)
+    switch["broken"] = True
     for number in range(4):
         agent.act_and_train(see(number), 1.0)
     with pytest.raises(FloatingPointError, match="broken network"):

@@ -34,7 +34,6 @@ EVALUATION_EPISODES = 20
 
 OURS: dict[str, Any] = {
     "hidden": HIDDEN,
-    "batch_size": BATCH,
     "capacity": CAPACITY,
     "replay_start_size": WARMUP,
     "gamma": GAMMA,
@@ -42,6 +41,9 @@ OURS: dict[str, Any] = {
     "learning_rate": LEARNING_RATE,
     "target_update_interval": TARGET_INTERVAL,
     "loss": "mse",
+    "batch_size": BATCH,
+    "n_steps": 1,
+    "tau": 1.0,
     "double": False,
     "max_grad_norm": None,
 }
