@@ -27,7 +27,8 @@ class Packing:
     """
 
     def __init__(self, shapes: Any):
-        leaves, self._structure = jax.tree.flatten(shapes)
+        leaves = jax.tree.leaves(shapes)
+        self._structure: Any = jax.tree.structure(shapes)
         self._impls = [jax.random.key_impl(jnp.zeros(leaf.shape, leaf.dtype)) if _is_key(leaf) else None for leaf in leaves]
 
     def pack(self, tree: Any) -> tuple[Any, ...]:

@@ -10,32 +10,17 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from dqn_jax import cli, envs
 from dqn_jax.runs import CompiledRuns, HostRuns
 
 STEPS = 600
-TINY = ["--steps", STEPS, "--replay-start-size", 100, "--hidden", 8, "--eval-episodes", 2]
+TINY = ["--steps", STEPS, "--replay-start-size", 100, "--update-interval", 4, "--hidden", 8, "--eval-episodes", 2]
 HOST, COMPILED = "CartPole-v1", "phys2d/CartPole-v1"
 SUMMARY = {
     *("algo", "env", "steps", "seeds", "eval_return", "online_return", "eval_iqm", "eval_interval", "online_iqm", "online_interval"),
     *("steps_per_second", "compile_seconds", "peak_memory_mb", "updates", "state_sha256", "run"),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    """Each command compiles its own programs; here they are compiled once for all commands that are alike."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs", "jax_persistent_cache_min_entry_size_bytes")
-    before = {name: getattr(jax.config, name) for name in names}
-    for name, value in zip(names, (str(tmp_path_factory.mktemp("compiled")), 0, -1), strict=True):
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module", params=[HOST, COMPILED], ids=["host", "compiled"])
@@ -312,11 +297,11 @@ REFUSED = [
     (["train", HOST, "--steps", -5], "steps"),
     (["train", HOST, "--seeds", 0], "seeds"),
     (["train", COMPILED, "--seeds", 0], "seeds"),
-    (["train", HOST, "--num-envs", 0], "num_envs"),
-    (["train", COMPILED, "--num-envs", 0], "num_envs"),
-    (["train", HOST, "--num-envs", 3], "2 and 4"),
-    (["train", HOST, "--eval-episodes", 0], "eval_episodes"),
-    (["train", COMPILED, "--eval-episodes", 0], "eval_episodes"),
+    (["train", HOST, "--num-envs", 0], "--num-envs"),
+    (["train", COMPILED, "--num-envs", 0], "--num-envs"),
+    (["train", HOST, "--num-envs", 3, "--update-interval", 4], "2 and 4"),
+    (["train", HOST, "--eval-episodes", 0], "--eval-episodes"),
+    (["train", COMPILED, "--eval-episodes", 0], "--eval-episodes"),
     (["train", HOST, "--seed", -1], "seed"),
     (["train", "NoSuch-v0"], "NoSuch"),
     (["train", "CartPole"], "CartPole"),

@@ -25,6 +25,9 @@ SMALL = {
     "replay_start_size": 8,
     "update_interval": 2,
     "target_update_interval": 8,
+    "tau": 1.0,
+    "n_steps": 1,
+    "loss": "huber",
     "epsilon": 0.5,
 }
 LINEAR = Network(lambda key, o: {"w": 1e-3 * jax.random.normal(key, (2, 3))}, lambda params, o: o @ params["w"])
