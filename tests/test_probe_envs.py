@@ -18,6 +18,7 @@ OPTIONS = {
     "replay_start_size": 32,
     "update_interval": 1,
     "target_update_interval": 20,
+    "tau": 1.0,
     "epsilon": 0.5,
 }
 STEPS = 2500
