@@ -24,7 +24,7 @@ class DQNOptions:
 
     gamma: float = 0.99
     """Discount factor per environment step, in [0, 1]."""
-    learning_rate: float = 7e-4
+    learning_rate: float = 2e-3
     """Step size of Adam; unused where an optimizer is given."""
     hidden: tuple[int, ...] = (64, 64)
     """Widths of the MLP's hidden layers; unused where a network is given."""
@@ -40,13 +40,13 @@ class DQNOptions:
     """Transitions that the replay keeps."""
     replay_start_size: int = 1_000
     """Transitions stored before the first update."""
-    update_interval: int = 1
+    update_interval: int = 2
     """Transitions between updates; it and num_envs must divide one another."""
     updates_per_interval: int = 1
     """Updates at each interval."""
     target_update_interval: int | None = None
     """Transitions between refreshes of the target network; by default 500 where tau is 1, else every update."""
-    tau: float = 0.005
+    tau: float = 0.01
     """How far a refresh moves the target to the online parameters; 1 copies them."""
     epsilon: tuple[float, float, int] | float = (1.0, 0.05, 10_000)
     """Chance of a random action: start, end and the transitions between (linear); or a constant; in Python also an optax schedule."""
