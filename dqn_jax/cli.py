@@ -91,6 +91,9 @@ def main(args: list[str] | None = None) -> None:
     except (ValueError, TypeError, NotImplementedError, OSError, ModuleNotFoundError, gymnasium.error.Error) as error:
         say(f"error: {error}")
         sys.exit(2)
+    except KeyboardInterrupt:
+        say("interrupted; what was saved stays")
+        sys.exit(130)
     if command.json:
         print(json.dumps(summary), flush=True)
 
@@ -154,12 +157,12 @@ def _print_summary(summary: dict[str, Any]) -> None:
     print(
         f"  steps per second                  {shown(summary['steps_per_second'])} after {summary['compile_seconds']:.1f} s of compilation"
     )
-    print(f"  peak memory                       {summary['peak_memory_mb']:,} MB on {summary['device']}")
+    print(f"  peak memory                       {summary['peak_memory_mb']:,} MB of the process; device {summary['device']}")
     print(f"  run                               {summary['run']}")
     if not summary["complete"]:
         print(f"stopped early; go on with: dqn-jax train --resume {summary['run']}")
     else:
-        print(f"watch it with: dqn-jax eval {summary['run']}")
+        print(f"play it with: dqn-jax eval {summary['run']} [--render]")
 
 
 def _eval(command: Eval) -> dict[str, Any]:
@@ -178,7 +181,11 @@ def _eval(command: Eval) -> dict[str, Any]:
         returns = np.asarray(jax.jit(play)(state, jax.random.key(command.seed + 20_000))).tolist()
     else:
         choose = greedy_policy(agent, learner, world.observation_space)
-        returns = list(_play_and_show(command, command.env or task.env, {} if compiled else task.env_args, choose))
+        if compiled and command.env is None:
+            raise ValueError(
+                f"{task.env} was trained as a JAX environment: name a Gymnasium environment to show it in, --env CartPole-v1 say"
+            )
+        returns = list(_play_and_show(command, command.env or task.env, {} if command.env else task.env_args, choose))
     result = {
         "run": str(command.run),
         "env": command.env or task.env,

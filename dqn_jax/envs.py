@@ -11,7 +11,8 @@ import numpy as np
 from gymnasium.envs.functional_jax_env import FunctionalJaxEnv
 from gymnasium.experimental.functional import FuncEnv
 
-from dqn_jax.types import Env, Step
+from dqn_jax import spaces
+from dqn_jax.types import Env, Masked, Step
 
 
 class EnvState(NamedTuple):
@@ -33,13 +34,19 @@ def with_auto_reset(reset: Any, transition: Any, observation_space: Any, action_
     if time_limit is not None and time_limit < 1:
         raise ValueError(f"time_limit must be at least 1 or None, got {time_limit}")
 
+    masked = spaces.is_masked(observation_space)
+
+    def see(observation: chex.ArrayTree) -> chex.ArrayTree:
+        return Masked(**observation) if masked and isinstance(observation, dict) else observation
+
     def reset_timed(key: chex.PRNGKey) -> tuple[EnvState, chex.ArrayTree]:
         inner, observation = reset(key)
-        return EnvState(inner, jnp.zeros((), jnp.int32)), observation
+        return EnvState(inner, jnp.zeros((), jnp.int32)), see(observation)
 
     def step(key: chex.PRNGKey, state: EnvState, action: chex.Array) -> tuple[EnvState, Step]:
         key_step, key_reset = jax.random.split(key)
         inner, successor, reward, terminated, truncated = transition(key_step, state.inner, action)
+        successor = see(successor)
         time = state.time + 1
         if time_limit is not None:
             truncated = truncated | (time >= time_limit)

@@ -30,8 +30,10 @@ PENDING, REST, MEMORY, LEARNER, METRICS = range(5)
 class OnlineAgent:
     """An agent with the interface ``act``, ``act_and_train``, ``stop_episode_and_train``; see ``dqn_jax.DQN`` for a ready-made one.
 
-    Any exception, an interrupt included, leaves it usable: a bad argument changes nothing; after anything else the pending step is
-    dropped and the stored stream is cut there, as by ``stop_episode``.
+    An exception leaves it usable. A bad argument changes nothing; what strikes inside a call, an interrupt included, drops the pending
+    step and cuts the stored stream there, as ``stop_episode`` does. An interrupt that strikes your own code cannot be seen from here:
+    call ``stop_episode()`` before the next reset. While a program runs for the very first time its state is not yet safe from an
+    interrupt; ``compile()`` beforehand closes that gap too.
 
     Args:
       agent: the pure functions.
@@ -225,6 +227,11 @@ class OnlineAgent:
         return self._agent
 
     @property
+    def learner(self) -> Any:
+        """A copy of what the agent has learnt: the learner of its state."""
+        return jax.tree.map(jnp.copy, self._part(LEARNER))
+
+    @property
     def state(self) -> AgentState:
         """A copy of the agent's state; hand it to ``Training.resume``, or to another agent's ``from_state``."""
         return jax.tree.map(jnp.copy, self._live_state())
@@ -270,12 +277,12 @@ class OnlineAgent:
 
         Raises:
           FileNotFoundError: if there is no such file.
-          dqn_jax.CheckpointError: if it is no checkpoint, is damaged, or was saved by an agent with other options.
+          dqn_jax.CheckpointError: if it is no checkpoint, is damaged, or holds arrays of other shapes or dtypes than this agent has.
         """
         self.restore(checkpoint.load(path, jax.eval_shape(lambda: self.run_state))[0])
 
     def compile(self) -> None:
-        """Compiles everything now, so that no later call waits for it. Works on copies: the agent does not change."""
+        """Compiles everything now, so that no later call waits for it. Works on copies, of the replay too: the agent does not change."""
         pending, rest, memory, learner = jax.tree.map(jnp.copy, self._cell[:METRICS])
         outcome = np.zeros((3, self.num_envs), np.float32)
         noise = self._noise.block(self._decisions, self._live_state)
@@ -284,8 +291,8 @@ class OnlineAgent:
         run.act(learner, self._example)
         pending, rest = run.begin(learner, rest, self._example, *noise)
         rest, memory = run.cut(rest, memory)
-        successor = None if self.num_envs == 1 else self._example
-        pending, rest, memory = run.step(learner, rest, memory, pending, self._example, successor, outcome, *noise)
+        for successor in (None,) if self.num_envs == 1 else (None, self._example):
+            pending, rest, memory = run.step(learner, rest, memory, pending, self._example, successor, outcome, *noise)
         rest, memory = run.end(rest, memory, pending, self._example, outcome)
         jax.block_until_ready(run.update(learner, rest, memory, *draws))
 
@@ -351,10 +358,10 @@ class OnlineAgent:
 
     def _recover(self) -> None:
         """After an exception: the state is whole, what Python remembers about it may not be."""
-        self._read_counters()
+        self.stop_episode()
         self._noise.forget()
         self._draws.forget()
-        self.stop_episode()
+        self._read_counters()  # Last: it waits for the device.
 
     def _live_state(self) -> AgentState:
         return self._part(REST)._replace(learner=self._part(LEARNER), memory=self._part(MEMORY), key=self._key)

@@ -24,9 +24,9 @@ class DQNOptions:
 
     gamma: float = 0.99
     """Discount factor per environment step, in [0, 1]."""
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     """Step size of Adam; unused where an optimizer is given."""
-    hidden: tuple[int, ...] = (64, 64)
+    hidden: tuple[int, ...] = (128, 128)
     """Widths of the MLP's hidden layers; unused where a network is given."""
     loss: Literal["huber", "mse"] = "mse"
     """Loss of the TD error."""
@@ -41,13 +41,13 @@ class DQNOptions:
     replay_start_size: int = 1_000
     """Transitions stored before the first update."""
     update_interval: int = 2
-    """Transitions between updates; it and num_envs must divide one another."""
+    """Transitions between updates; it and num_envs must divide one another (with 3 environments: 1 or 3, say)."""
     updates_per_interval: int = 1
     """Updates at each interval."""
     target_update_interval: int | None = None
-    """Transitions between refreshes of the target network; by default 500 where tau is 1, else every update."""
-    tau: float = 0.01
-    """How far a refresh moves the target to the online parameters; 1 copies them."""
+    """Transitions between refreshes of the target network; by default 500 where tau is 1, else at every update."""
+    tau: float | None = None
+    """How far a refresh moves the target to the online parameters; 1 copies; by default 1 where target_update_interval is given, else 0.01."""
     epsilon: tuple[float, float, int] | float = (1.0, 0.05, 10_000)
     """Chance of a random action: start, end and the transitions between (linear); or a constant; in Python also an optax schedule."""
     max_grad_norm: float | None = 10.0
@@ -64,10 +64,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "batch_size": 16,
         "replay_start_size": 16,
         "update_interval": 8,
+        "updates_per_interval": 1,
         "target_update_interval": 100,
         "capacity": 2_000,
         "epsilon": (0.5, 0.1, 50_000),
         "tau": 1.0,
+        "loss": "mse",
         "double": False,
         "max_grad_norm": None,
     },
@@ -114,9 +116,11 @@ def dqn(env_or_spaces: Any, *, network: Any = None, optimizer: optax.GradientTra
         # Flattened: one array for all parameters. Each array that enters or leaves a small program costs more than its arithmetic.
         clip = optax.identity() if o.max_grad_norm is None else optax.clip_by_global_norm(o.max_grad_norm)
         optimizer = optax.flatten(optax.chain(clip, optax.adam(o.learning_rate)))
-    target_update_interval = o.target_update_interval
+    tau, target_update_interval = o.tau, o.target_update_interval
+    if tau is None:
+        tau = 0.01 if target_update_interval is None else 1.0
     if target_update_interval is None:
-        target_update_interval = 500 if isinstance(o.tau, int | float) and o.tau == 1 else 1
+        target_update_interval = 500 if not isinstance(tau, jax.core.Tracer) and float(tau) == 1 else 1
     algorithm = dqn_algorithm(
         network,
         optimizer,
@@ -124,7 +128,7 @@ def dqn(env_or_spaces: Any, *, network: Any = None, optimizer: optax.GradientTra
         loss=o.loss,
         double=o.double,
         target_update_interval=target_update_interval,
-        tau=o.tau,
+        tau=tau,
     )
     memory = ring.uniform(o.capacity, o.batch_size, n_steps=o.n_steps)
     return assemble(
@@ -204,7 +208,8 @@ def dqn_options(**options: Any) -> DQNOptions:
     o = DQNOptions(**options)
     _require_number("gamma", o.gamma, 0, 1)
     _require_number("learning_rate", o.learning_rate, 0, math.inf, open_low=True)
-    _require_number("tau", o.tau, 0, 1, open_low=True)
+    if o.tau is not None:
+        _require_number("tau", o.tau, 0, 1, open_low=True)
     if o.max_grad_norm is not None:
         _require_number("max_grad_norm", o.max_grad_norm, 0, math.inf, open_low=True)
     for name, low in {

@@ -88,7 +88,6 @@ class HostRuns:
     def advance(self) -> list[dict[str, float]]:
         """One chunk. Returns a row of the learning curve for each seed."""
         rows = min(self._rows, -(-(self.task.steps - self.steps) // self.task.num_envs))
-        self.steps += rows * self.task.num_envs
         curve = []
         for agent, loop in zip(self._agents, self._loops, strict=True):
             ended = [episode for _ in range(rows) for episode in next(loop)]
@@ -98,13 +97,13 @@ class HostRuns:
             curve.append(
                 {"episodes": len(ended), "return": float(returns), "length": float(lengths), **means, "epsilon": statistics["epsilon"]}
             )
+        self.steps += rows * self.task.num_envs  # Last: if an environment raises, the chunk is not counted.
         return curve
 
     def evaluate(self) -> np.ndarray:
         """The mean return of greedy episodes, for each seed."""
         seeds = [self.task.seed + 10_000 + episode for episode in range(self.task.eval_episodes)]
-        act = [agent.act if self.task.num_envs == 1 else _first_of(agent) for agent in self._agents]
-        return np.array([np.mean([play_greedily(choose, self._eval_env, seed) for seed in seeds]) for choose in act])
+        return np.array([np.mean([play_greedily(agent.act, self._eval_env, seed) for seed in seeds]) for agent in self._agents])
 
     def state(self) -> Any:
         """Everything, as one pytree."""
@@ -120,7 +119,7 @@ class HostRuns:
 
     def learners(self) -> Any:
         """What the agents have learnt, stacked over seeds, as NumPy."""
-        learners = [agent.state.learner for agent in self._agents]
+        learners = [agent.learner for agent in self._agents]
         return jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *learners)
 
 
@@ -197,10 +196,6 @@ def greedy_policy(agent: Agent, learner: Any, observation_space: gymnasium.Space
     check = spaces.observation_check(observation_space, None)
     exploit = jax.jit(agent.exploit)
     return lambda observation: int(exploit(learner, check(observation))[0])
-
-
-def _first_of(agent: DQN) -> Any:
-    return greedy_policy(agent.agent, agent.state.learner, agent.observation_space)
 
 
 def _play(agent: DQN, env: gymnasium.Env, seed: int) -> Iterator[list[tuple[float, int]]]:

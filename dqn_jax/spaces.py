@@ -48,7 +48,7 @@ def _leaf_dtype(space: spaces.Space) -> np.dtype:
         return np.dtype(np.int32)
     if np.issubdtype(space.dtype, np.floating):
         return np.dtype(np.float32)
-    return np.dtype(space.dtype)
+    return np.dtype(jax.dtypes.canonicalize_dtype(space.dtype))  # JAX keeps 32 bits; values that need more are refused.
 
 
 def _shape(space: spaces.Space) -> tuple[int, ...]:

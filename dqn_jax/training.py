@@ -54,7 +54,7 @@ class Result(NamedTuple):
         return self.run.agent
 
     def seed(self, index: int) -> "Result":
-        """One seed of a result that was vmapped over seeds."""
+        """One seed of a result that was vmapped over seeds: it indexes the first axis."""
         return jax.tree.map(lambda leaf: leaf[index], self)
 
     def plot(self, ax: Any = None) -> Any:
@@ -88,7 +88,9 @@ class Result(NamedTuple):
         return ax
 
     def __repr__(self) -> str:
-        steps = np.atleast_1d(self.state.step)
+        if any(not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer) for leaf in (self.state.step, self.history["return"])):
+            return f"Result({self.run!r}, {self.history!r})"
+        steps = np.ravel(self.state.step)
         returns = np.asarray(self.history["return"]).reshape(len(steps), -1)
         final = returns[:, -max(1, returns.shape[1] // 10) :]
         ended = final[~np.isnan(final)]
@@ -101,7 +103,8 @@ class Training(NamedTuple):
 
     Attributes:
       init: ``(key) -> RunState``, with the warm-up collected.
-      resume: ``(key, agent_state) -> RunState``: fresh environments for an agent that exists.
+      resume: ``(key, agent_state) -> RunState``: fresh environments for an agent that exists. Called outside ``jit`` it raises
+        ValueError where the agent is still in its warm-up or was built for another number of environments; inside it cannot look.
       advance: ``(RunState) -> (RunState, history)``: up to the next point of the history, a dict of scalars.
       run: ``(key) -> Result``: ``init`` and then ``num_points`` times ``advance``.
       num_points: points of the history in a run.
@@ -206,6 +209,7 @@ def train(agent: Agent, env: Env, *, num_steps: int, num_envs: int = 1, history_
         return jax.lax.scan(interact, run, ahead(run.agent, run.env, cadence.prefill))[0] if cadence.prefill else run
 
     def resume(key: chex.PRNGKey, state: AgentState) -> RunState:
+        _require_same_envs(agent, env, state, num_envs)
         if not isinstance(state.step, jax.core.Tracer) and int(np.min(state.step)) < cadence.prefill * num_envs:
             raise ValueError(
                 f"the agent has stored {int(np.min(state.step))} transitions and learns from {cadence.prefill * num_envs} on: "
@@ -216,8 +220,6 @@ def train(agent: Agent, env: Env, *, num_steps: int, num_envs: int = 1, history_
         return begin(agent.cut(state, jnp.ones(num_envs, jnp.bool_)), key_env, *reset(key_reset))
 
     def advance(run: RunState) -> tuple[RunState, dict[str, chex.Array]]:
-        zero = jnp.zeros(())
-        run = run._replace(statistics=run.statistics._replace(episodes=zero, return_sum=zero, length_sum=zero))
         run, metrics = jax.lax.scan(block, run, None, length=blocks_per_point)
         ended = run.statistics
         history = {
@@ -227,7 +229,8 @@ def train(agent: Agent, env: Env, *, num_steps: int, num_envs: int = 1, history_
             "length": jnp.where(ended.episodes > 0, ended.length_sum / ended.episodes, jnp.nan),
             **jax.tree.map(jnp.mean, metrics),
         }
-        return run, history
+        zero = jnp.zeros(())
+        return run._replace(statistics=ended._replace(episodes=zero, return_sum=zero, length_sum=zero)), history
 
     def run(key: chex.PRNGKey) -> Result:
         return Result(*jax.lax.scan(lambda run, _: advance(run), init(key), None, length=num_points))
@@ -269,6 +272,17 @@ def evaluate(agent: Agent, env: Env, *, num_episodes: int = 20, max_steps: int |
         return jax.lax.while_loop(lambda carry: jnp.any(carry[3]) & (carry[0] < limit), play, start)[4]
 
     return returns
+
+
+def _require_same_envs(agent: Agent, env: Env, state: AgentState, num_envs: int) -> None:
+    observation = jax.eval_shape(jax.vmap(env.reset), jax.eval_shape(lambda: jax.random.split(jax.random.key(0), num_envs)))[1]
+    expected = jax.eval_shape(agent.init, jax.eval_shape(lambda: jax.random.key(0)), observation)
+    for want, have in zip(jax.tree.leaves(expected), jax.tree.leaves(state), strict=True):
+        if want.shape != have.shape:
+            raise ValueError(
+                f"the state does not fit this training of {num_envs} environment(s): an array is {have.shape}, expected {want.shape}; "
+                "train with the num_envs and the options of the run it comes from, and pass one seed of it"
+            )
 
 
 def _count(statistics: EpisodeStatistics, transition: Transition) -> EpisodeStatistics:

@@ -119,7 +119,7 @@ class Memory(NamedTuple):
     """The data.
 
     Attributes:
-      init: ``(transition[N]) -> state``: allocates for rows of that shape.
+      init: ``(transition[N]) -> state``: allocates for rows of that shape. The state has a field ``size``, the rows filled so far.
       add: ``(state, transition[N]) -> state``: one row.
       cut: ``(state, mask[N]) -> state``: marks the newest row of these environments as ``last`` (not terminated).
       noise: ``(key) -> noise``: all that one sample draws; it may not depend on the state, so that a loop can draw ahead.

@@ -109,7 +109,8 @@ def dqn(
         q_next = q_values(target_params, t.next_observation)  # [B, A]
         q_select = q_values(params, t.next_observation) if double else q_next  # [B, A]
         td_error = jax.vmap(returns.double_q_learning)(q, t.action, reward, discount, q_next, q_select)  # [B]
-        return jnp.mean(batch.weight * losses[loss](td_error)), (td_error, q)
+        weight = jnp.broadcast_to(batch.weight, td_error.shape)  # Refuses [B, 1], which would multiply into [B, B].
+        return jnp.mean(weight * losses[loss](td_error)), (td_error, q)
 
     def refresh(learner: DQNState, step: chex.Array) -> Any:
         moved = optax.incremental_update(learner.params, learner.target_params, tau)

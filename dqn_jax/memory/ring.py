@@ -59,11 +59,16 @@ def uniform(capacity: int, batch_size: int, *, n_steps: int = 1) -> Memory:
 
     def add(state: Ring, transition: Transition) -> Ring:
         length = state.rows.reward.shape[0]
+        # A row of fewer environments would be broadcast over all of them in silence.
+        chex.assert_trees_all_equal_shapes_and_dtypes(
+            jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), state.rows), transition
+        )
         rows = jax.tree.map(lambda stored, new: stored.at[state.cursor].set(new), state.rows, transition)
         return Ring(rows, (state.cursor + 1) % length, jnp.minimum(state.size + 1, length))
 
     def cut(state: Ring, mask: chex.Array) -> Ring:
-        length = state.rows.reward.shape[0]
+        length, num_envs = state.rows.reward.shape
+        chex.assert_shape(mask, (num_envs,))
         # An empty ring has no newest row: a write out of range is dropped.
         newest = jnp.where(state.size > 0, (state.cursor - 1) % length, length)
         last = state.rows.last.at[newest].set(state.rows.last[newest] | mask, mode="drop")
