@@ -24,9 +24,9 @@ class DQNOptions:
 
     gamma: float = 0.99
     """Discount factor per environment step, in [0, 1]."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 7e-4
     """Step size of Adam; unused where an optimizer is given."""
-    hidden: tuple[int, ...] = (128, 128)
+    hidden: tuple[int, ...] = (64, 64)
     """Widths of the MLP's hidden layers; unused where a network is given."""
     loss: Literal["huber", "mse"] = "mse"
     """Loss of the TD error."""
@@ -40,14 +40,14 @@ class DQNOptions:
     """Transitions that the replay keeps."""
     replay_start_size: int = 1_000
     """Transitions stored before the first update."""
-    update_interval: int = 2
-    """Transitions between updates; it and num_envs must divide one another (with 3 environments: 1 or 3, say)."""
+    update_interval: int = 1
+    """Transitions between updates; it and num_envs must divide one another."""
     updates_per_interval: int = 1
     """Updates at each interval."""
     target_update_interval: int | None = None
     """Transitions between refreshes of the target network; by default 500 where tau is 1, else at every update."""
     tau: float | None = None
-    """How far a refresh moves the target to the online parameters; 1 copies; by default 1 where target_update_interval is given, else 0.01."""
+    """How far a refresh moves the target to the online parameters; 1 copies; by default 1 where target_update_interval is given, else 0.005."""
     epsilon: tuple[float, float, int] | float = (1.0, 0.05, 10_000)
     """Chance of a random action: start, end and the transitions between (linear); or a constant; in Python also an optax schedule."""
     max_grad_norm: float | None = 10.0
@@ -118,7 +118,7 @@ def dqn(env_or_spaces: Any, *, network: Any = None, optimizer: optax.GradientTra
         optimizer = optax.flatten(optax.chain(clip, optax.adam(o.learning_rate)))
     tau, target_update_interval = o.tau, o.target_update_interval
     if tau is None:
-        tau = 0.01 if target_update_interval is None else 1.0
+        tau = 0.005 if target_update_interval is None else 1.0
     if target_update_interval is None:
         target_update_interval = 500 if not isinstance(tau, jax.core.Tracer) and float(tau) == 1 else 1
     algorithm = dqn_algorithm(
