@@ -47,7 +47,7 @@ class DQNOptions:
     target_update_interval: int | None = None
     """Transitions between refreshes of the target network; by default 500 where tau is 1, else at every update."""
     tau: float | None = None
-    """How far a refresh moves the target to the online parameters; 1 copies; by default 1 where target_update_interval is given, else 0.005."""
+    """How far a refresh moves the target to the online parameters; by default 1 (a copy) with a target_update_interval, else 0.005."""
     epsilon: tuple[float, float, int] | float = (1.0, 0.05, 10_000)
     """Chance of a random action: start, end and the transitions between (linear); or a constant; in Python also an optax schedule."""
     max_grad_norm: float | None = 10.0
