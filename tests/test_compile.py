@@ -97,7 +97,8 @@ def test_compile_leaves_nothing_to_compile_and_changes_nothing(num_envs, caplog)
     agent.compile()
     assert digest(agent.state) == before
     compiled = compilations(agent)
-    assert set(compiled.values()) == {1}
+    # Several environments come with their true successors or, where none ended, without.
+    assert compiled == {**dict.fromkeys(compiled, 1), "step": num_envs}
     with jax.log_compiles(), caplog.at_level(logging.DEBUG, logger="jax"):
         for _ in range(8):
             if num_envs == 1:
