@@ -6,6 +6,7 @@ from dqn_jax.checkpoint import CheckpointError, digest
 from dqn_jax.envs import from_func_env, from_gymnax, make, true_successors
 from dqn_jax.online import OnlineAgent
 from dqn_jax.presets import DQN, PRESETS, DQNOptions, dqn
+from dqn_jax.programs import compute_inline
 from dqn_jax.training import Result, Training, evaluate, train
 from dqn_jax.types import (
     Agent,
@@ -52,6 +53,7 @@ __all__ = [
     "PRESETS",
     "dqn",
     "DQN",
+    "compute_inline",
     "CheckpointError",
     "digest",
 ]

@@ -1,9 +1,9 @@
 """The host driver: an agent that a loop of your own calls once per environment step.
 
 It holds the agent's state on the device and drives the pure functions of an ``Agent``; no learning happens here. One call of
-``act_and_train`` is, in this order: (1) store the transition that this observation completes, (2) choose the action with the
-parameters as they are, (3) learn if due, (4) return the action. The action does not wait for the update, so the update may still run
-while the environment steps.
+``act_and_train`` is, in this order: (1) take in the transition that this observation completes, (2) choose the action with the
+parameters as they are, (3) learn if due, (4) return the action. Transitions wait on the host until something reads the replay, and are
+then stored in one go. The action does not wait for the update, so the update may still run while the environment steps.
 """
 
 import itertools
@@ -19,12 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from dqn_jax import checkpoint, spaces
-from dqn_jax.programs import Ahead, Packing, Parts, compile_programs
+from dqn_jax.programs import Ahead, Packing, Parts, Staging, compile_programs
 from dqn_jax.types import Agent, AgentState, RunState
 
 RECENT = 100  # Updates over which the statistics are averaged.
 
-PENDING, REST, MEMORY, LEARNER, METRICS = range(5)
+MEMORY, DONE, LEARNER, METRICS = range(4)  # What the programs return, each in its place.
 
 
 class OnlineAgent:
@@ -68,12 +68,11 @@ class OnlineAgent:
         self._noise = Ahead(lambda state, counter: agent.noise(state, counter, num_envs), fresh)
         self._draws = Ahead(agent.draw, fresh, self._cadence.updates)
         self._metrics = tuple(jax.eval_shape(agent.update, fresh, self._draws.row)[1])
-        pending = self._example, jax.eval_shape(agent.explore, fresh, self._example, self._noise.row)[1]
-        self._nothing = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), pending)
-        rest = fresh._replace(learner=(), memory=(), key=())
-        self._parts = Parts(*map(Packing, (pending, rest, fresh.memory, fresh.learner)))
-        self._action_place = len(jax.tree.leaves(self._example))  # Of the action among the pending leaves.
-        self._programs = compile_programs(agent, num_envs, self._cadence.updates, self._parts)
+        decision = jax.eval_shape(agent.explore, fresh, self._example, self._noise.row)[1]
+        self._no_decision = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), decision)
+        self._staging = Staging(self._example, self._no_decision, self._cadence.rows)
+        self._parts = Parts(Packing(fresh.learner), Packing(fresh.memory), self._noise.packing, self._draws.packing)
+        self._programs = compile_programs(agent, num_envs, self._parts, self._staging)
         self._checks: dict[tuple[str, bool], spaces.Check] = {}
         for single in (True, False):
             lead = None if single else num_envs
@@ -81,9 +80,9 @@ class OnlineAgent:
             self._checks["reward", single] = spaces.reward_check(lead)
             self._checks["terminated", single] = spaces.flag_check("terminated", lead)
             self._checks["truncated", single] = spaces.flag_check("truncated", lead)
-        self._cell: list[Any] = [None] * 5  # What the programs return, each in its place.
+        self._cell: list[Any] = [None] * 4
         self._recent: deque[Any] = deque(maxlen=RECENT)  # Metrics of the last updates, on the device until somebody asks.
-        self._pending = False  # Whether a decision waits for its outcome.
+        self._pending: tuple[Any, list[np.ndarray]] | None = None  # An observation, and the leaves of the Decision that awaits its outcome.
         self._uncut = True  # Whether the stored stream may run on into an episode that it does not belong to.
         self._episodes = self._base = 0
         self._restart(jax.jit(agent.init)(jax.random.key(seed), self._example) if state is None else _fitting(fresh, state))
@@ -122,7 +121,7 @@ class OnlineAgent:
         """
         self._require_single("act_and_train")
         checked = self._observation(observation, True)
-        if not self._pending:
+        if self._pending is None:
             return int(self._advance(checked)[0])
         outcome = _outcome(self._checks["reward", True](reward))
         return int(self._advance(checked, outcome)[0])
@@ -144,14 +143,10 @@ class OnlineAgent:
         ended = self._checks["terminated", True](terminated)
         spaces.require_actions_allowed(checked, ended)
         outcome = _outcome(self._checks["reward", True](reward), ended, np.ones(1, np.bool_))
-        if not self._pending:
+        if self._pending is None:
             raise RuntimeError("no episode is open: call act_and_train at least once before stop_episode_and_train")
         try:
-            self._pending = False
-            self._swap(
-                slice(REST, LEARNER), self._programs.end, self._cell[REST], self._cell[MEMORY], self._cell[PENDING], checked, outcome
-            )
-            self._step += 1
+            self._take_in(outcome, checked)
             self._episodes += 1
         except BaseException:
             self._recover()
@@ -159,7 +154,7 @@ class OnlineAgent:
 
     def stop_episode(self) -> None:
         """Drops the pending step and ends the stored stream there, without learning anything. Call it after leaving a loop early."""
-        self._pending = False
+        self._pending = None
         self._uncut = True
 
     # Several environments.
@@ -189,7 +184,7 @@ class OnlineAgent:
           TypeError: on a wrong dtype or structure.
         """
         checked = self._observation(observation, False)
-        if not self._pending:
+        if self._pending is None:
             return np.array(self._advance(checked))
         ended = self._checks["terminated", False](terminated)
         last = ended | self._checks["truncated", False](truncated)
@@ -216,6 +211,7 @@ class OnlineAgent:
           ``t`` (transitions stored), ``episodes`` (ended), ``n_updates``, ``replay_size`` (transitions held), and ``average_...`` of
           each metric of the algorithm over the last 100 updates (``average_loss`` and ``average_q`` for DQN), NaN before the first.
         """
+        self._store()
         recent = jax.device_get(list(self._recent)) or [dict.fromkeys(self._metrics, math.nan)]
         averages = {f"average_{name}": float(np.mean([metrics[name] for metrics in recent])) for name in self._metrics}
         counts = {"t": self._step, "episodes": self._episodes, "n_updates": self._updates}
@@ -234,29 +230,33 @@ class OnlineAgent:
     @property
     def state(self) -> AgentState:
         """A copy of the agent's state; hand it to ``Training.resume``, or to another agent's ``from_state``."""
-        return jax.tree.map(jnp.copy, self._live_state())
+        self._store()
+        return jax.tree.map(jnp.array, self._live_state())
 
     @property
     def run_state(self) -> RunState:
         """A copy of everything: the agent's state, the pending step, the counts."""
+        observation, decision = self._pending or (self._example, jax.tree.leaves(self._no_decision))
+        pending = observation, jax.tree.unflatten(jax.tree.structure(self._no_decision), decision)
         recent = list(self._recent)
         padded = recent + [dict.fromkeys(self._metrics, math.nan)] * (RECENT - len(recent))
         statistics = {
-            "pending": np.asarray(self._pending),
+            "pending": np.asarray(self._pending is not None),
             "uncut": np.asarray(self._uncut),
             "episodes": np.asarray(self._episodes, np.int32),
             "owed": np.asarray(self._owed(), np.int32),
             "recent": np.asarray(len(recent), np.int32),
             "metrics": jax.tree.map(lambda *values: np.asarray(jax.device_get(values), np.float32), *padded),
         }
-        return RunState(self.state, (), jax.tree.map(jnp.copy, self._part(PENDING)), statistics)
+        return RunState(self.state, (), jax.tree.map(np.array, pending), statistics)
 
     def restore(self, run: RunState) -> None:
         """Goes on exactly where the agent stopped whose ``run_state`` this is. The arrays are taken over, not copied."""
         self._restart(run.agent)
-        self._cell[PENDING] = self._parts.pending.pack(run.pending)
         saved = jax.device_get(run.statistics)
-        self._pending, self._uncut = bool(saved["pending"]), bool(saved["uncut"])
+        observation, decision = jax.device_get(run.pending)
+        self._pending = (observation, jax.tree.leaves(decision)) if saved["pending"] else None
+        self._uncut = bool(saved["uncut"])
         self._episodes = int(saved["episodes"])
         self._base += int(saved["owed"])
         self._recent.extend({name: values[i] for name, values in saved["metrics"].items()} for i in range(int(saved["recent"])))
@@ -283,46 +283,68 @@ class OnlineAgent:
 
     def compile(self) -> None:
         """Compiles everything now, so that no later call waits for it. Works on copies, of the replay too: the agent does not change."""
-        pending, rest, memory, learner = jax.tree.map(jnp.copy, self._cell[:METRICS])
-        outcome = np.zeros((3, self.num_envs), np.float32)
-        noise = self._noise.block(self._decisions, self._live_state)
-        draws = self._draws.block(self._updates, self._live_state)
-        run = self._programs
-        run.act(learner, self._example)
-        pending, rest = run.begin(learner, rest, self._example, *noise)
-        rest, memory = run.cut(rest, memory)
-        for successor in (None,) if self.num_envs == 1 else (None, self._example):
-            pending, rest, memory = run.step(learner, rest, memory, pending, self._example, successor, outcome, *noise)
-        rest, memory = run.end(rest, memory, pending, self._example, outcome)
-        jax.block_until_ready(run.update(learner, rest, memory, *draws))
+        memory, learner = jax.tree.map(jnp.copy, (self._cell[MEMORY], self._cell[LEARNER]))
+        rows, counts = [np.zeros_like(leaf) for leaf in self._staging.rows], self._counts(0)
+        programs = self._programs
+        programs.exploit(learner, self._example)
+        programs.explore(learner, self._example, self._noise.rows(self._decisions, self._live_state), counts[1])
+        memory, _ = programs.store(memory, rows, counts)
+        memory, _ = programs.cut(memory, counts)
+        jax.block_until_ready(programs.learn(learner, memory, rows, self._draws.rows(self._updates, self._live_state), counts))
 
     # Inside.
 
     def _advance(self, observation: Any, outcome: np.ndarray | None = None, successor: Any = None) -> np.ndarray:
-        """Stores (where a step is pending), explores, and learns if due. Returns the actions as NumPy."""
-        programs, cell = self._programs, self._cell
+        """Takes in what happened (where a step is pending), explores, and learns if due. Returns the actions as NumPy."""
         try:
-            noise, start = self._noise.block(self._decisions, self._live_state)
-            if outcome is None:
-                if self._uncut:
-                    self._swap(slice(REST, LEARNER), programs.cut, cell[REST], cell[MEMORY])
-                    self._uncut = False
-                self._swap(slice(PENDING, MEMORY), programs.begin, cell[LEARNER], cell[REST], observation, noise, start)
-                self._pending = True
-            else:
-                args = (cell[LEARNER], cell[REST], cell[MEMORY], cell[PENDING], observation, successor, outcome, noise, start)
-                self._swap(slice(PENDING, LEARNER), programs.step, *args)
-                self._step += self.num_envs
+            if outcome is not None:
+                self._take_in(outcome, observation if successor is None else successor)
+            elif self._uncut:
+                self._store()
+                self._swap(slice(MEMORY, LEARNER), self._programs.cut, self._cell[MEMORY], self._counts(0))
+                self._uncut = False
+            noise = self._noise.rows(self._decisions, self._live_state)
+            decided = self._programs.explore(self._cell[LEARNER], observation, noise, np.int32(self._step))
+            decision = [np.asarray(leaf) for leaf in decided]
             self._decisions += 1
+            self._pending = observation, decision
             if self._owed() > 0:
-                drawn = self._draws.block(self._updates, self._live_state)
-                self._swap(slice(REST, METRICS + 1), programs.update, cell[LEARNER], cell[REST], cell[MEMORY], *drawn)
-                self._updates += self._cadence.updates
-                self._recent.append(cell[METRICS])
-            return np.asarray(cell[PENDING][self._action_place])
+                self._learn()
+            return decision[0]  # The action: the first field of a Decision.
         except BaseException:
             self._recover()
             raise
+
+    def _take_in(self, outcome: np.ndarray, successor: Any) -> None:
+        """Lets the pending step, whose outcome this is, wait to be stored."""
+        assert self._pending is not None
+        if self._staging.size == self._staging.capacity:
+            self._store()
+        observation, decision = self._pending
+        self._pending = None
+        self._staging.add(observation, decision, successor, outcome)
+
+    def _store(self) -> None:
+        """Stores the rows that wait."""
+        if self._staging.size:
+            args = self._cell[MEMORY], self._staging.rows, self._counts(self._staging.size)
+            self._swap(slice(MEMORY, LEARNER), self._programs.store, *args)
+            self._note_stored(self._step)
+
+    def _learn(self) -> None:
+        """Stores the rows that wait, and makes the updates of one interval."""
+        counts = self._counts(self._staging.size)
+        draws = self._draws.rows(self._updates, self._live_state)
+        args = self._cell[LEARNER], self._cell[MEMORY], self._staging.rows, draws, counts
+        self._swap(slice(MEMORY, METRICS + 1), self._programs.learn, *args)
+        self._note_stored(self._step)
+        self._updates += self._cadence.updates
+        self._recent.append(self._cell[METRICS])
+
+    def _note_stored(self, step: int) -> None:
+        """In this order, so that after an interrupt in between the counters still differ, and ``_recover`` notes it again."""
+        self._staging.clear()
+        self._stored = step
 
     def _swap(self, places: slice, program: Callable[..., Any], *args: Any) -> None:
         """Runs a program and puts its results into the cell within one C call.
@@ -330,6 +352,14 @@ class OnlineAgent:
         The old state is donated: an interrupt between the call and the assignment of its result would lose both.
         """
         self._cell[places] = itertools.chain.from_iterable(map(program, *((arg,) for arg in args)))
+
+    def _counts(self, rows: int) -> np.ndarray:
+        return np.array([self._decisions, self._stored, self._updates, rows], np.int32)
+
+    @property
+    def _step(self) -> int:
+        """Transitions taken in, those that wait to be stored included."""
+        return self._stored + self._staging.size * self.num_envs
 
     def _owed(self) -> int:
         """Updates that have fallen due and are not done: read off the counters, so that an interrupt can neither lose nor repeat one."""
@@ -341,36 +371,36 @@ class OnlineAgent:
 
     def _restart(self, state: AgentState) -> None:
         """Begins with this state, with no episode open and no update owed."""
-        trees = jax.tree.map(jnp.array, self._nothing), state._replace(learner=(), memory=(), key=()), state.memory, state.learner
         self._key = state.key
-        self._cell[:] = [*(packing.pack(tree) for packing, tree in zip(self._parts, trees, strict=True)), None]
+        done = jnp.stack([state.step, state.updates])
+        self._cell[:] = [self._parts.memory.pack(state.memory), done, self._parts.learner.pack(state.learner), None]
+        self._decisions = int(np.array(state.decisions))
+        self._stored, self._updates = map(int, np.array(done))
+        self._staging.clear()
         self._recent.clear()
         self._episodes = 0
-        self._pending, self._uncut = False, True
-        self._read_counters()
+        self._pending, self._uncut = None, True
         self._base = self._updates - self._due(self._step)
         self._noise.forget()
         self._draws.forget()
 
-    def _read_counters(self) -> None:
-        rest = self._part(REST)
-        self._step, self._decisions, self._updates = (int(np.array(n)) for n in (rest.step, rest.decisions, rest.updates))
-
     def _recover(self) -> None:
         """After an exception: the state is whole, what Python remembers about it may not be."""
         self.stop_episode()
-        self._noise.forget()
-        self._draws.forget()
-        self._read_counters()  # Last: it waits for the device.
+        stored, self._updates = map(int, np.array(self._cell[DONE]))  # It waits for the device.
+        if stored != self._stored:  # The rows that waited were stored, and the exception struck before that was noted.
+            self._note_stored(stored)
 
     def _live_state(self) -> AgentState:
-        return self._part(REST)._replace(learner=self._part(LEARNER), memory=self._part(MEMORY), key=self._key)
+        """The state without the rows that wait; its counters are NumPy."""
+        decisions, stored, updates = map(np.int32, (self._decisions, self._stored, self._updates))
+        return AgentState(self._part(LEARNER), self._part(MEMORY), self._key, decisions, stored, updates)
 
     def _part(self, place: int) -> Any:
-        return self._parts[place].unpack(self._cell[place])
+        return (self._parts.memory if place == MEMORY else self._parts.learner).unpack(self._cell[place])
 
     def _greedy(self, observation: Any) -> np.ndarray:
-        return np.asarray(self._programs.act(self._cell[LEARNER], observation)[0])
+        return np.asarray(self._programs.exploit(self._cell[LEARNER], observation))
 
     def _observation(self, observation: Any, single: bool) -> Any:
         checked = self._checks["observation", single](observation)

@@ -1,22 +1,45 @@
-"""The compiled programs of the host driver, and the random numbers drawn ahead for them.
+"""The compiled programs of the host driver, the rows that wait for them, and the random numbers drawn ahead for them.
 
-The agent's state travels in parts, so that a program takes and returns only what it changes (each array that enters or leaves costs
-more than the arithmetic of a small network), and each part as a builtin tuple of raw arrays. To hand out a NamedTuple or a typed key
-runs Python code after the old state is gone, and there an interrupt would strike: it then lost agents in half of the trials.
+To decide changes nothing on the device. What happened is collected on the host and stored by the program that learns from it, so most
+steps cost one small program. Each program takes only what it reads and returns only what it changes, because each array that enters
+or leaves costs more than the arithmetic of a small network.
+
+What a program donates travels as builtin tuples of raw arrays. To hand out a NamedTuple or a typed key runs Python code after the old
+arrays are gone, and an interrupt that strikes there would lose both old and new.
 """
 
 import math
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax._src import xla_bridge  # There is no public way to ask whether JAX has started.
 
 from dqn_jax.types import Agent, AgentState, Decision, Transition
 
 AHEAD_BYTES = 1 << 20  # What a block of random numbers, drawn ahead in one call, may take.
 AHEAD_ROWS = 1024
+STAGED_BYTES = 1 << 20  # What the rows that wait to be stored may take.
+
+
+def compute_inline() -> None:
+    """Lets JAX compute on the CPU in the thread that asks, and with no other: about twice as fast for small networks stepped from Python.
+
+    To hand a small program to another thread, and to wait for it, takes longer than the program. A large network (or a large batch) is
+    better off with all threads. It holds for the whole process, so it is for the owner of the process to call, before anything else
+    uses JAX; it leaves accelerators alone.
+
+    Raises:
+      RuntimeError: if JAX has already begun to compute; nothing has changed then.
+    """
+    if xla_bridge.backends_are_initialized():
+        raise RuntimeError("JAX has already begun to compute: call compute_inline() before the first array is made")
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    os.environ["PJRT_NPROC"] = "1"  # Threads of the CPU backend; read when it starts.
 
 
 class Packing:
@@ -42,48 +65,50 @@ class Packing:
 
 
 class Parts(NamedTuple):
-    """How each part of an agent's state is packed.
+    """How each part of what the programs take is packed.
 
     Attributes:
-      pending: ``(observation, Decision)``: the decision that waits for its outcome.
-      rest: the AgentState without learner, memory and key; no program needs the key, whose numbers are drawn ahead.
-      memory: the replay.
       learner: the algorithm's record.
+      memory: the replay.
+      noise: what one row of decisions draws.
+      draws: what the updates of one interval draw, ``[updates, ...]``.
     """
 
-    pending: Packing
-    rest: Packing
-    memory: Packing
     learner: Packing
+    memory: Packing
+    noise: Packing
+    draws: Packing
 
 
 class Programs(NamedTuple):
-    """The compiled functions of one agent, on packed parts; what they donate is gone after the call.
+    """The compiled functions of one agent.
+
+    ``counts`` is int32 ``[4]``: decisions made, transitions and updates in the state that goes in, and how many of ``rows`` to store. The
+    programs that change the state return ``done``, int32 ``[2]``: transitions and updates in the state that comes out.
 
     Attributes:
-      begin: ``(learner, rest*, observation, noise, start) -> (pending, rest)``: the first decision of an episode.
-      step: ``(learner, rest*, memory*, pending, observation, successor | None, outcome, noise, start) -> (pending, rest, memory)``: stores
-        what ``observation`` completes, and decides. Without a successor the observation is it.
-      end: ``(rest*, memory*, pending, observation, outcome) -> (rest, memory)``: stores the last transition of an episode.
-      cut: ``(rest*, memory*) -> (rest, memory)``.
-      update: ``(learner*, rest*, memory*, draws, start) -> (rest, memory, learner, metrics)``: all updates of one interval.
-      act: ``(learner, observation) -> action[N]``, greedy.
+      explore: ``(learner, observation, noise, step) -> leaves of the Decision``: reads, and changes nothing.
+      exploit: ``(learner, observation) -> action[N]``, greedy.
+      store: ``(memory*, rows, counts) -> (memory, done)``.
+      cut: ``(memory*, counts) -> (memory, done)``.
+      learn: ``(learner*, memory*, rows, draws, counts) -> (memory, done, learner, metrics)``: stores, then makes the updates of an
+        interval.
 
-    A star marks what is donated; ``outcome`` is ``[3, N]``: reward, discount, last; ``start`` is the counter at which a block begins.
+    A star marks what is donated: it is gone after the call. Learner, memory, noise and draws are packed, ``rows`` are those of a
+    ``Staging``.
     """
 
-    begin: Callable[..., Any]
-    step: Callable[..., Any]
-    end: Callable[..., Any]
+    explore: Callable[..., Any]
+    exploit: Callable[..., Any]
+    store: Callable[..., Any]
     cut: Callable[..., Any]
-    update: Callable[..., Any]
-    act: Callable[..., Any]
+    learn: Callable[..., Any]
 
 
 class Ahead:
     """Random numbers of many rows, drawn in one call: in a program as small as one step a single draw costs more than the network.
 
-    Row ``i`` of a block that begins at ``start`` is what ``draw(state, start + i)`` gives: the same bits, however they are grouped.
+    Row ``i`` of a block is what ``draw(state, i)`` gives: the same bits, however they are grouped.
 
     Args:
       draw: ``(state, counter) -> row``.
@@ -93,99 +118,112 @@ class Ahead:
 
     def __init__(self, draw: Callable[..., Any], state: AgentState, group: int = 1):
         self.row = jax.eval_shape(draw, state, state.updates)
+        self._group = group
         size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.row))
-        rows = min(AHEAD_ROWS, AHEAD_BYTES // max(1, size))
-        self._rows = max(1, rows // group) * group
-        counters = jnp.arange(self._rows, dtype=jnp.int32)
-        self._draw = jax.jit(lambda state, start: jax.vmap(lambda counter: draw(state, counter))(start + counters))
-        self._block: tuple[Any, Any] | None = None
+        self._num_rows = max(1, min(AHEAD_ROWS, AHEAD_BYTES // max(1, size)) // group) * group
+        counters = jnp.arange(self._num_rows, dtype=jnp.int32)
+        self.packing = Packing(self.row)
+        self._draw = jax.jit(lambda state, start: self.packing.pack(jax.vmap(lambda counter: draw(state, counter))(start + counters)))
+        self._block: tuple[np.ndarray, ...] | None = None
         self._first = 0
 
-    def block(self, counter: int, live_state: Callable[[], AgentState]) -> tuple[Any, Any]:
-        """The block that holds row ``counter``, and where it begins; drawn anew when the rows are used up."""
-        if self._block is None or not self._first <= counter < self._first + self._rows:
-            start = jnp.asarray(counter, jnp.int32)
-            self._block = (self._draw(live_state()._replace(memory=()), start), start)
-            self._first = counter
-        return self._block
+    def rows(self, counter: int, live_state: Callable[[], AgentState]) -> tuple[np.ndarray, ...]:
+        """The packed rows from ``counter`` on, ``[group, ...]``; a block is drawn where the last one is used up."""
+        if self._block is None or not 0 <= counter - self._first <= self._num_rows - self._group:
+            drawn = self._draw(live_state()._replace(memory=()), np.int32(counter))
+            self._block, self._first = tuple(map(np.asarray, drawn)), counter
+        start = counter - self._first
+        return tuple(leaf[start : start + self._group] for leaf in self._block)
 
     def forget(self) -> None:
-        """Drops the block: the state has changed under it."""
+        """Drops the block: the key has changed."""
         self._block = None
 
 
-def compile_programs(agent: Agent, num_envs: int, updates: int, parts: Parts) -> Programs:
-    """The programs of ``agent`` for ``num_envs`` environments and ``updates`` updates at each interval; each compiles when first called."""
+class Staging:
+    """The rows that happened and are not yet stored.
 
-    def program(function: Callable[..., Any], takes: str, gives: str, donate: tuple[int, ...] = ()) -> Callable[..., Any]:
-        """``function`` on trees, compiled on packed parts: the words name them, a dash goes as it is."""
-        taken, given = ([getattr(parts, word, None) for word in words.split()] for words in (takes, gives))
+    They lie in NumPy arrays ``[R, ...]``, one for each leaf of ``(observation, successor, decision, outcome)``; a program reads the first
+    ``size`` of the R rows. Once a program has the arrays they are replaced, for it may read them later.
 
-        def run(*args: Any) -> tuple[Any, ...]:
-            trees = [arg if part is None else part.unpack(arg) for part, arg in zip(taken, args, strict=True)]
-            results = function(*trees)
-            return tuple(tree if part is None else part.pack(tree) for part, tree in zip(given, results, strict=True))
+    Args:
+      observation: an example, ``[N, ...]``.
+      decision: an example, ``[N, ...]``.
+      num_rows: rows to hold, where a megabyte can.
+    """
 
-        return jax.jit(run, donate_argnums=donate)
+    def __init__(self, observation: Any, decision: Decision, num_rows: int):
+        num_envs = jax.tree.leaves(observation)[0].shape[0]
+        example = observation, observation, decision, np.zeros((3, num_envs), np.float32)
+        leaves, self.structure = jax.tree.flatten(example)
+        self.capacity = max(1, min(num_rows, STAGED_BYTES // sum(leaf.nbytes for leaf in leaves)))
+        self._forms = [((self.capacity, *leaf.shape), leaf.dtype) for leaf in leaves]
+        self.clear()
 
-    def whole(learner: Any, rest: AgentState, memory: Any) -> AgentState:
-        return rest._replace(learner=learner, memory=memory)
+    def clear(self) -> None:
+        """Holds no row, in new arrays."""
+        self.size = 0
+        self.rows = [np.empty(shape, dtype) for shape, dtype in self._forms]
 
-    def apart(state: AgentState) -> tuple[AgentState, Any, Any]:
-        return state._replace(learner=(), memory=(), key=()), state.memory, state.learner
+    def add(self, observation: Any, decision: list[np.ndarray], successor: Any, outcome: np.ndarray) -> None:
+        """Takes one more row: of the decision its leaves; ``outcome`` is reward, discount and last, ``[3, N]``."""
+        values = [*jax.tree.leaves(observation), *jax.tree.leaves(successor), *decision, outcome]
+        for array, value in zip(self.rows, values, strict=True):
+            array[self.size] = value
+        self.size += 1  # Last: an interrupt before it leaves the row uncounted.
 
-    def row(block: Any, index: chex.Array) -> Any:
-        return jax.tree.map(lambda leaf: leaf[index], block)
 
-    def explore(state: AgentState, observation: Any, noise: Any, start: chex.Array) -> tuple[AgentState, tuple[Any, Decision]]:
-        state, decision = agent.explore(state, observation, row(noise, state.decisions - start))
-        return state, (observation, decision)
+def compile_programs(agent: Agent, num_envs: int, parts: Parts, staging: Staging) -> Programs:
+    """The programs of ``agent`` for ``num_envs`` environments; each compiles when first called."""
 
-    def store(state: AgentState, pending: tuple[Any, Decision], successor: Any, outcome: chex.Array) -> AgentState:
-        observation, decision = pending
-        reward, discount, last = outcome
-        return agent.observe(state, Transition(observation, decision.action, reward, discount, successor, last > 0, decision.extras))
+    def state_of(learner: Any, memory: Any, counts: Any) -> AgentState:
+        """The agent's state; no program needs the key, whose numbers are drawn ahead."""
+        decisions, step, updates = counts
+        return AgentState(learner, memory, (), decisions, step, updates)  # type: ignore[arg-type]
 
-    def begin(learner: Any, rest: AgentState, observation: Any, noise: Any, start: chex.Array) -> tuple[Any, ...]:
-        state, pending = explore(whole(learner, rest, ()), observation, noise, start)
-        return pending, apart(state)[0]
+    def done(state: AgentState) -> chex.Array:
+        return jnp.stack([state.step, state.updates])
 
-    def step(
-        learner: Any,
-        rest: AgentState,
-        memory: Any,
-        pending: Any,
-        observation: Any,
-        successor: Any,
-        outcome: chex.Array,
-        noise: Any,
-        start: Any,
-    ) -> tuple[Any, ...]:
-        successor = observation if successor is None else successor
-        state = store(whole(learner, rest, memory), pending, successor, outcome)
-        state, pending = explore(state, observation, noise, start)
-        return (pending, *apart(state)[:2])
+    def stored(memory: Any, rows: list[chex.Array], counts: chex.Array) -> AgentState:
+        """The state without its learner, after the first rows have been stored."""
 
-    def end(rest: AgentState, memory: Any, pending: Any, observation: Any, outcome: chex.Array) -> tuple[Any, ...]:
-        return apart(store(whole((), rest, memory), pending, observation, outcome))[:2]
+        def one(row: chex.Array, state: AgentState) -> AgentState:
+            leaves = [leaf[row] for leaf in rows]
+            observation, successor, decision, (reward, discount, last) = jax.tree.unflatten(staging.structure, leaves)
+            transition = Transition(observation, decision.action, reward, discount, successor, last > 0, decision.extras)
+            return agent.observe(state, transition)
 
-    def cut(rest: AgentState, memory: Any) -> tuple[Any, ...]:
-        return apart(agent.cut(whole((), rest, memory), jnp.ones(num_envs, jnp.bool_)))[:2]
+        # The number of turns is not known to the compiler: it would fuse a known one with the reads that follow, and copy the replay.
+        return jax.lax.fori_loop(0, counts[3], one, state_of((), memory, counts[:3]))
 
-    def update(learner: Any, rest: AgentState, memory: Any, draws: Any, start: chex.Array) -> tuple[Any, ...]:
-        def one(state: AgentState, _: None) -> tuple[AgentState, Any]:
-            return agent.update(state, row(draws, state.updates - start))
+    def explore(learner: Any, observation: Any, noise: Any, step: chex.Array) -> list[chex.Array]:
+        state = state_of(parts.learner.unpack(learner), (), (step, step, step))  # To explore, the other counters do not matter.
+        noise = jax.tree.map(lambda leaf: leaf[0], parts.noise.unpack(noise))
+        return jax.tree.leaves(agent.explore(state, observation, noise)[1])
 
-        state, metrics = jax.lax.scan(one, whole(learner, rest, memory), None, length=updates)
-        return (*apart(state), jax.tree.map(jnp.mean, metrics))
+    def exploit(learner: Any, observation: Any) -> chex.Array:
+        return agent.exploit(parts.learner.unpack(learner), observation)
+
+    def store(memory: Any, rows: list[chex.Array], counts: chex.Array) -> tuple[Any, chex.Array]:
+        state = stored(parts.memory.unpack(memory), rows, counts)
+        return parts.memory.pack(state.memory), done(state)
+
+    def cut(memory: Any, counts: chex.Array) -> tuple[Any, chex.Array]:
+        state = agent.cut(state_of((), parts.memory.unpack(memory), counts[:3]), jnp.ones(num_envs, jnp.bool_))
+        return parts.memory.pack(state.memory), done(state)
+
+    def learn(learner: Any, memory: Any, rows: list[chex.Array], draws: Any, counts: chex.Array) -> tuple[Any, ...]:
+        state = stored(parts.memory.unpack(memory), rows, counts)._replace(learner=parts.learner.unpack(learner))
+        state, metrics = jax.lax.scan(agent.update, state, parts.draws.unpack(draws))
+        metrics = jax.tree.map(jnp.mean, metrics)
+        return parts.memory.pack(state.memory), done(state), parts.learner.pack(state.learner), metrics
 
     return Programs(
-        begin=program(begin, "learner rest - - -", "pending rest", donate=(1,)),
-        step=program(step, "learner rest memory pending - - - - -", "pending rest memory", donate=(1, 2)),
-        end=program(end, "rest memory pending - -", "rest memory", donate=(0, 1)),
-        cut=program(cut, "rest memory", "rest memory", donate=(0, 1)),
-        update=program(update, "learner rest memory - -", "rest memory learner -", donate=(0, 1, 2)),
-        act=program(lambda learner, observation: (agent.exploit(learner, observation),), "learner -", "-"),
+        explore=jax.jit(explore),
+        exploit=jax.jit(exploit),
+        store=jax.jit(store, donate_argnums=0),
+        cut=jax.jit(cut, donate_argnums=0),
+        learn=jax.jit(learn, donate_argnums=(0, 1)),
     )
 
 

@@ -5,6 +5,7 @@ The boundary is where people and environments hand in values. A value is convert
 bad one raises an error that says what came, what was expected and what to do, before anything has changed.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -177,7 +178,7 @@ def _leaf_check(space: spaces.Space, lead: tuple[int, ...], name: str) -> Check:
         fresh = np.array(array, dtype).reshape(kept)
         if real:
             # The sum of squares is finite only if every entry is; it can also overflow, hence the second look.
-            if not np.isfinite(np.vdot(fresh, fresh)):
+            if not math.isfinite(np.vdot(fresh, fresh)):
                 _require_finite(fresh.reshape(shape), name)
         elif choices:
             if np.any(array < low) or np.any(array > high):
@@ -221,6 +222,8 @@ def reward_check(num_envs: int | None) -> Check:
     shape = () if num_envs is None else (num_envs,)
 
     def check(value: Any) -> np.ndarray:
+        if num_envs is None and isinstance(value, float) and -FLOAT32_MAX <= value <= FLOAT32_MAX:
+            return np.array([value], np.float32)  # What nearly always comes, and five times as fast.
         array = np.asarray(value)
         if array.shape != shape:
             raise ValueError(f"reward has shape {array.shape}, expected {shape}: one number for each environment")

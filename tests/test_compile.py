@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dqn_jax import DQN, digest, dqn, envs, online, train
-from dqn_jax.programs import Packing, Parts, compile_programs
+from dqn_jax.programs import Packing, Parts, Staging, compile_programs
 
 OBSERVATION_SPACE = gymnasium.spaces.Box(-np.inf, np.inf, (8,))
 ACTION_SPACE = gymnasium.spaces.Discrete(4)
@@ -50,7 +50,8 @@ def compilations(agent):
 
 
 def test_each_program_of_the_host_driver_is_compiled_once(host):
-    assert compilations(host) == dict.fromkeys(("begin", "step", "end", "cut", "update", "act", "noise", "draws"), 1)
+    # ``store`` is for rows that are read before an update falls due on them.
+    assert compilations(host) == dict.fromkeys(("explore", "exploit", "store", "cut", "learn", "noise", "draws"), 1)
 
 
 @pytest.mark.parametrize(
@@ -80,14 +81,13 @@ def test_the_log_of_compilations_is_heard(caplog):
     assert compiled_in(caplog)
 
 
-def test_batches_compile_the_step_once_with_successors_and_once_without():
+def test_batches_compile_once_with_successors_and_without():
     agent = DQN(SPACES, num_envs=2, capacity=64, **SMALL)
     observation, no = np.ones((2, 8), np.float32), np.zeros(2, bool)
     for reward in ([1, 2], [0.5, 1.0], np.ones(2), np.ones(2, np.float32), jnp.ones(2), (True, False)):
         agent.batch_act_and_train(observation, reward, no, no)
         agent.batch_act_and_train(observation, reward, no, ~no, observation.astype(np.float64))
-    assert {**compilations(agent), "end": 0, "cut": 1, "act": 0, "step": 2} == compilations(agent)
-    assert compilations(agent)["update"] == compilations(agent)["begin"] == 1
+    assert compilations(agent) == {**dict.fromkeys(compilations(agent), 1), "exploit": 0}
 
 
 @pytest.mark.parametrize("num_envs", [1, 2])
@@ -97,8 +97,7 @@ def test_compile_leaves_nothing_to_compile_and_changes_nothing(num_envs, caplog)
     agent.compile()
     assert digest(agent.state) == before
     compiled = compilations(agent)
-    # Several environments come with their true successors or, where none ended, without.
-    assert compiled == {**dict.fromkeys(compiled, 1), "step": num_envs}
+    assert compiled == dict.fromkeys(compiled, 1)
     with jax.log_compiles(), caplog.at_level(logging.DEBUG, logger="jax"):
         for _ in range(8):
             if num_envs == 1:
@@ -117,18 +116,23 @@ def test_donated_inputs_are_gone(host):
         return [leaf for place in places for leaf in jax.tree.leaves(host._cell[place])]
 
     host.stop_episode()
-    before = leaves(online.REST, online.MEMORY)
-    host.act_and_train(np.ones(8), 0.0)  # cuts and begins
+    before = leaves(online.MEMORY)
+    host.act_and_train(np.ones(8), 0.0)  # cuts
     assert all(leaf.is_deleted() for leaf in before)
+    learnt = 0
     for _ in range(4):
-        stored, learnt = leaves(online.REST, online.MEMORY), leaves(online.LEARNER)
+        before = leaves(online.MEMORY, online.LEARNER)
         updates = host.get_statistics()["n_updates"]
         host.act_and_train(np.ones(8), 1.0)
-        assert all(leaf.is_deleted() for leaf in stored)
-        assert all(leaf.is_deleted() for leaf in learnt) == (host.get_statistics()["n_updates"] > updates)
-    stored = leaves(online.REST, online.MEMORY)
+        is_due = host.get_statistics()["n_updates"] > updates
+        assert all(leaf.is_deleted() for leaf in before[len(leaves(online.MEMORY)) :]) == is_due
+        learnt += is_due
+    assert learnt == 2
+    before = leaves(online.MEMORY)
     host.stop_episode_and_train(np.ones(8), 1.0)
-    assert all(leaf.is_deleted() for leaf in stored)
+    assert not any(leaf.is_deleted() for leaf in before)  # The row waits on the host ...
+    host.get_statistics()
+    assert all(leaf.is_deleted() for leaf in before)  # ... until somebody looks.
 
 
 def test_nobody_outside_holds_what_is_donated(host):
@@ -208,36 +212,32 @@ class Shapes:
     """The arguments of the host driver's programs, as shapes."""
 
     def __init__(self, agent, num_envs):
-        self.observation = jax.ShapeDtypeStruct((num_envs, 8), jnp.float32)
-        state = jax.eval_shape(agent.init, KEY, self.observation)
-        decision = jax.eval_shape(lambda s, o: agent.explore(s, o, agent.noise(s, 0, num_envs))[1], state, self.observation)
-        trees = (self.observation, decision), state._replace(learner=(), memory=(), key=()), state.memory, state.learner
-        parts = Parts(*map(Packing, trees))
-        self.pending, self.rest, self.memory, self.learner = (part.pack(tree) for part, tree in zip(parts, trees, strict=True))
-        self.ring = state.memory
-        self.programs = compile_programs(agent, num_envs, agent.cadence(num_envs).updates, parts)
-        self.start = jax.ShapeDtypeStruct((), jnp.int32)
-        self.noise = stacked(jax.eval_shape(lambda s: agent.noise(s, 0, num_envs), state), 16)
-        self.draws = stacked(jax.eval_shape(agent.draw, state, self.start), 16)
-        self.outcome = jax.ShapeDtypeStruct((3, num_envs), jnp.float32)
+        observation = jnp.zeros((num_envs, 8))
+        state = jax.eval_shape(agent.init, KEY, observation)
+        noise = jax.eval_shape(lambda s: agent.noise(s, 0, num_envs), state)
+        draws = jax.eval_shape(lambda s: agent.draw(s, 0), state)
+        decision = jax.eval_shape(lambda s: agent.explore(s, observation, agent.noise(s, 0, num_envs))[1], state)
+        cadence = agent.cadence(num_envs)
+        staging = Staging(np.zeros((num_envs, 8), np.float32), jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), decision), cadence.rows)
+        parts = Parts(*map(Packing, (state.learner, state.memory, noise, draws)))
+        programs = compile_programs(agent, num_envs, parts, staging)
+        learner, memory = parts.learner.pack(state.learner), parts.memory.pack(state.memory)
+        drawn = jax.eval_shape(parts.draws.pack, stacked(draws, cadence.updates))
+        counts = jax.ShapeDtypeStruct((4,), jnp.int32)
+        self.ring, self.memory = state.memory, memory
+        self.calls = {
+            "store": (programs.store, (memory, staging.rows, counts)),
+            "cut": (programs.cut, (memory, counts)),
+            "learn": (programs.learn, (learner, memory, staging.rows, drawn, counts)),
+        }
 
 
-def host_arguments(s, name):
-    return {
-        "step": (s.learner, s.rest, s.memory, s.pending, s.observation, None, s.outcome, s.noise, s.start),
-        "step with successors": (s.learner, s.rest, s.memory, s.pending, s.observation, s.observation, s.outcome, s.noise, s.start),
-        "end": (s.rest, s.memory, s.pending, s.observation, s.outcome),
-        "cut": (s.rest, s.memory),
-        "update": (s.learner, s.rest, s.memory, s.draws, s.start),
-    }[name]
-
-
-@pytest.mark.parametrize("name", ["step", "step with successors", "end", "cut", "update"])
-@pytest.mark.parametrize(("num_envs", "n_steps"), [(1, 1), (4, 3)])
-def test_the_host_driver_copies_no_replay(name, num_envs, n_steps):
-    shapes = Shapes(big_agent(n_steps=n_steps), num_envs)
-    program = getattr(shapes.programs, name.split()[0])
-    assert_in_place(program, *host_arguments(shapes, name), memory=shapes.memory)
+@pytest.mark.parametrize("name", ["store", "cut", "learn"])
+@pytest.mark.parametrize(("num_envs", "n_steps", "interval"), [(1, 1, 2), (1, 2, 1), (4, 3, 2)])
+def test_the_host_driver_copies_no_replay(name, num_envs, n_steps, interval):
+    shapes = Shapes(big_agent(n_steps=n_steps, update_interval=interval), num_envs)
+    program, args = shapes.calls[name]
+    assert_in_place(program, *args, memory=shapes.memory)
 
 
 def drift():

@@ -125,15 +125,22 @@ class TargetTrainState(TrainState):
 
 
 def host_cleanrl_style(env: gymnasium.Env, interval: int, steps: int, seed: int) -> HostLoop:
-    """After CleanRL's dqn_jax: a vector environment of one, a NumPy replay, a jitted network asked when greedy, a TrainState."""
+    """After CleanRL's dqn_jax: a vector environment of one, SB3's replay buffer (CleanRL's is a copy of it), a jitted network asked when
+    greedy, a TrainState; what it reads back every 100 steps for its log is read back here. It writes no TensorBoard file.
+    """
+    from stable_baselines3.common.buffers import ReplayBuffer
+
     envs = gymnasium.vector.SyncVectorEnv(
         [lambda: gymnasium.wrappers.RecordEpisodeStatistics(env)], autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP
     )
-    replay, rng, network = Replay(seed), random.Random(seed), QNetwork(2, HIDDEN)
+    replay = ReplayBuffer(CAPACITY, envs.single_observation_space, envs.single_action_space, "cpu", handle_timeout_termination=False)
+    rng, network = random.Random(seed), QNetwork(2, HIDDEN)
+    np.random.seed(seed)  # The buffer draws from NumPy's global generator.
     apply: Callable[..., chex.Array] = jax.jit(network.apply)
     params = network.init(jax.random.key(seed), jnp.zeros((1, 4)))
     state = TargetTrainState.create(apply_fn=apply, params=params, target_params=params, tx=optax.adam(LEARNING_RATE))
     updates = 0
+    log: dict[str, Any] = {}
 
     @jax.jit
     def update(state: TargetTrainState, *batch: Any) -> tuple[Any, ...]:
@@ -146,18 +153,26 @@ def host_cleanrl_style(env: gymnasium.Env, interval: int, steps: int, seed: int)
         observation: np.ndarray = envs.reset(seed=seed)[0]
         for step in range(steps):
             if rng.random() < epsilon_at(step):
-                action = np.array([rng.randrange(2)])
+                action = np.array([envs.single_action_space.sample()])
             else:
                 action = jax.device_get(apply(state.params, observation).argmax(axis=-1))
             results: tuple[Any, ...] = envs.step(action)
             following, reward, terminated, truncated, infos = results
-            successor = infos["final_obs"][0] if terminated[0] or truncated[0] else following[0]
-            replay.add(observation[0], action[0], reward[0], successor, terminated[0])
+            successor = following.copy()
+            if terminated[0] or truncated[0]:
+                successor[0] = infos["final_obs"][0]
+            replay.add(observation, successor, action, reward, terminated, infos)
             observation = following
-            if replay.stored >= WARMUP and replay.stored % interval == 0:
-                _, _, state = update(state, *replay.sample())
+            stored = step + 1
+            if stored >= WARMUP and stored % interval == 0:
+                drawn = replay.sample(BATCH)
+                columns = (drawn.observations, drawn.actions, drawn.rewards, drawn.next_observations, drawn.dones)
+                seen, chosen, paid, then, ended = (column.numpy() for column in columns)
+                loss, q, state = update(state, seen, chosen.ravel(), paid.ravel(), then, ended.ravel())
                 updates += 1
-            if replay.stored % TARGET_INTERVAL == 0:
+                if stored % 100 == 0:
+                    log.update(loss=jax.device_get(loss), q=jax.device_get(q).mean())
+            if stored % TARGET_INTERVAL == 0:
                 state = state.replace(target_params=optax.incremental_update(state.params, state.target_params, 1.0))
 
     return HostLoop(run, lambda observation: int(apply(state.params, observation[None])[0].argmax()), lambda: updates)

@@ -7,6 +7,7 @@ The work is DQN on CartPole-v1 with a network of two layers of 64 (``contenders.
 * compiled loops, the environment included, one seed and 128 seeds by ``vmap``: total steps per second of the whole run, compiled
   before.
 
+Contenders on JAX are measured twice: with JAX as it comes, and inline, on the one thread that asks (``dqn_jax.compute_inline``).
 Each measurement is a process of its own, and the contenders take turns. A measurement during which other programs used more than a
 tenth of a core is marked and left out where a quiet one exists. All contenders must make the same number of updates, or the run fails.
 What was timed also has to learn: the greedy return over 20 episodes of the compiled runs themselves, and of one longer run of each host
@@ -30,10 +31,12 @@ import tyro
 
 from dqn_jax.bench import contenders, machine
 from dqn_jax.envs import make
+from dqn_jax.programs import compute_inline
 
 QUIET = 0.1  # Cores that other programs may use during a measurement.
 HOST_BEGIN = 2_000
-PEERS = {"sb3": "stable_baselines3"}  # Contenders that need a package, and which.
+PEERS = {"sb3": "stable_baselines3", "cleanrl-style": "stable_baselines3"}  # Contenders that need a package, and which.
+INLINE = ", inline"  # Behind the name of a contender that is measured with JAX on one thread (``dqn_jax.compute_inline``).
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +68,8 @@ FULL = (
     Work("host", 1, 12_000),
     Work("compiled", 4, 100_000),
     Work("compiled", 1, 50_000),
-    Work("compiled", 4, 20_000, 128),
-    Work("compiled", 1, 10_000, 128),
+    Work("compiled", 4, 5_000, 128),
+    Work("compiled", 1, 3_000, 128),
 )
 SHORT = (
     Work("host", 4, 4_000),
@@ -194,9 +197,17 @@ def apart(name: str, work: Work, seed: int, evaluate: bool = False) -> dict[str,
 def _one(spec: str) -> dict[str, Any]:
     asked = json.loads(spec)
     work = Work(**asked["work"])
+    name = asked["name"].removesuffix(INLINE)
+    if name != asked["name"]:
+        compute_inline()
     if work.kind == "compiled":
-        return measure_compiled(asked["name"], work, asked["seed"])
-    return measure_host(asked["name"], work, asked["seed"], asked["evaluate"])
+        return measure_compiled(name, work, asked["seed"])
+    return measure_host(name, work, asked["seed"], asked["evaluate"])
+
+
+def in_both_settings(names: list[str]) -> list[str]:
+    """The contenders with JAX as it comes and inline, ours inline first; torch has one setting, its best."""
+    return [variant for name in names for variant in ([name] if name == "sb3" else [name + INLINE, name])]
 
 
 def _is_loud(result: dict[str, Any]) -> bool:
@@ -313,7 +324,7 @@ def main() -> None:
         if work.kind not in options.kinds:
             continue
         names = [name for name in (contenders.HOST if work.kind == "host" else contenders.COMPILED) if name not in absent]
-        reports.append(measure(work, names, options.repeats, work.steps if options.short else HOST_LEARNING_STEPS))
+        reports.append(measure(work, in_both_settings(names), options.repeats, work.steps if options.short else HOST_LEARNING_STEPS))
         print("\n" + table(reports[-1]), flush=True)
         if options.out:  # After each piece of work: an hour of measuring should not be lost to an interrupt.
             options.out.write_text(json.dumps({"machine": described, "settings": _settings(), "reports": reports}, indent=1) + "\n")
