@@ -78,16 +78,10 @@ def load(path: str | os.PathLike, template: chex.ArrayTree) -> tuple[Any, dict[s
     """
     manifest = _manifest(path)
     saved = {name: (tuple(shape), dtype) for name, (shape, dtype) in manifest["leaves"].items()}
-    expected = {name: _shape_and_dtype(leaf) for name, leaf in _named_leaves(template).items()}
-    problems = [
-        f"{name}: saved {saved[name]}, expected {expected[name]}" for name in expected if name in saved and saved[name] != expected[name]
-    ]
-    problems += [f"{name}: not in the file" for name in expected if name not in saved]
-    problems += [f"{name}: only in the file" for name in saved if name not in expected]
-    if problems:
-        shown = "\n  ".join(problems[:10] + ([f"and {len(problems) - 10} more"] if len(problems) > 10 else []))
+    expected = _forms(template)
+    if problems := _differences(saved, expected):
         raise CheckpointError(
-            f"{path} does not fit this agent; build the agent with the options it was saved with ({manifest['info']}):\n  {shown}"
+            f"{path} does not fit this agent; build the agent with the options it was saved with ({manifest['info']}):\n  {problems}"
         )
     try:
         with safe_open(path, framework="numpy") as file:
@@ -97,6 +91,24 @@ def load(path: str | os.PathLike, template: chex.ArrayTree) -> tuple[Any, dict[s
     if _digest(leaves) != manifest["sha256"]:
         raise CheckpointError(f"{path} is damaged (its checksum does not match): restore an earlier checkpoint")
     return _rebuilt(template, leaves), manifest["info"]
+
+
+def require_fit(state: chex.ArrayTree, template: chex.ArrayTree, owner: str) -> None:
+    """Checks that a state has the structure, shapes and dtypes that its new owner needs.
+
+    Args:
+      state: the state to hand over.
+      template: a pytree of arrays or shapes as it must be.
+      owner: who is to take it, for the message.
+
+    Raises:
+      ValueError: if it does not fit; every difference is listed.
+    """
+    if problems := _differences(_forms(state), _forms(template)):
+        raise ValueError(
+            f"the state does not fit {owner}; use the options and the number of environments of the run it comes from, and pass one seed "
+            f"of it (result.seed(0).state):\n  {problems}"
+        )
 
 
 def read_info(path: str | os.PathLike) -> dict[str, Any]:
@@ -127,6 +139,20 @@ def _manifest(path: str | os.PathLike) -> dict[str, Any]:
 
 def _named_leaves(tree: chex.ArrayTree) -> dict[str, Any]:
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def _forms(tree: chex.ArrayTree) -> dict[str, tuple[tuple[int, ...], str]]:
+    return {name: _shape_and_dtype(leaf) for name, leaf in _named_leaves(tree).items()}
+
+
+def _differences(given: dict[str, Any], expected: dict[str, Any]) -> str:
+    """A line for each leaf that differs, ten of them at most; empty where none does."""
+    problems = [
+        f"{name}: got {given.get(name, 'nothing')}, expected {expected.get(name, 'nothing')}"
+        for name in expected | given
+        if given.get(name) != expected.get(name)
+    ]
+    return "\n  ".join(problems[:10] + ([f"and {len(problems) - 10} more"] if len(problems) > 10 else []))
 
 
 def _is_key(leaf: Any) -> bool:

@@ -85,7 +85,11 @@ class OnlineAgent:
         self._pending: tuple[Any, list[np.ndarray]] | None = None  # An observation, and the leaves of the Decision that awaits its outcome.
         self._uncut = True  # Whether the stored stream may run on into an episode that it does not belong to.
         self._episodes = self._base = 0
-        self._restart(jax.jit(agent.init)(jax.random.key(seed), self._example) if state is None else _fitting(fresh, state))
+        if state is None:
+            self._restart(jax.jit(agent.init)(jax.random.key(seed), self._example))
+        else:
+            checkpoint.require_fit(state, fresh, f"this agent of {num_envs} environment(s)")
+            self._restart(jax.tree.map(jnp.copy, state))
 
     # The deck's interface: one environment.
 
@@ -419,22 +423,3 @@ def _outcome(reward: np.ndarray, terminated: np.ndarray | None = None, last: np.
     outcome[1] = 1.0 if terminated is None else ~terminated
     outcome[2] = 0.0 if last is None else last
     return outcome
-
-
-def _fitting(expected: AgentState, state: AgentState) -> AgentState:
-    """A copy of ``state``, checked against the shapes that this agent has."""
-    want = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(expected)[0]}
-    have = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]}
-    wrong = [
-        name
-        for name in want | have
-        if name not in want or name not in have or (want[name].shape, want[name].dtype) != (have[name].shape, have[name].dtype)
-    ]
-    if wrong:
-        name = wrong[0]
-        got, need = (f"{tree[name].dtype}{list(tree[name].shape)}" if name in tree else "nothing" for tree in (have, want))
-        raise ValueError(
-            f"the state does not fit this agent in {len(wrong)} places, first {name}: got {got}, expected {need}. Build the agent with the "
-            "options and the number of environments of the run it comes from, and pass one seed of it (result.seed(0).state)"
-        )
-    return jax.tree.map(jnp.copy, state)

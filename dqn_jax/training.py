@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dqn_jax import checkpoint
 from dqn_jax.types import Agent, AgentState, Env, RunState, Transition
 
 CYCLES_PER_BLOCK = 64
@@ -209,7 +210,8 @@ def train(agent: Agent, env: Env, *, num_steps: int, num_envs: int = 1, history_
         return jax.lax.scan(interact, run, ahead(run.agent, run.env, cadence.prefill))[0] if cadence.prefill else run
 
     def resume(key: chex.PRNGKey, state: AgentState) -> RunState:
-        _require_same_envs(agent, env, state, num_envs)
+        expected = jax.eval_shape(lambda: agent.init(jax.random.key(0), reset(jax.random.key(0))[1]))
+        checkpoint.require_fit(state, expected, f"this training of {num_envs} environment(s)")
         if not isinstance(state.step, jax.core.Tracer) and int(np.min(state.step)) < cadence.prefill * num_envs:
             raise ValueError(
                 f"the agent has stored {int(np.min(state.step))} transitions and learns from {cadence.prefill * num_envs} on: "
@@ -272,17 +274,6 @@ def evaluate(agent: Agent, env: Env, *, num_episodes: int = 20, max_steps: int |
         return jax.lax.while_loop(lambda carry: jnp.any(carry[3]) & (carry[0] < limit), play, start)[4]
 
     return returns
-
-
-def _require_same_envs(agent: Agent, env: Env, state: AgentState, num_envs: int) -> None:
-    observation = jax.eval_shape(jax.vmap(env.reset), jax.eval_shape(lambda: jax.random.split(jax.random.key(0), num_envs)))[1]
-    expected = jax.eval_shape(agent.init, jax.eval_shape(lambda: jax.random.key(0)), observation)
-    for want, have in zip(jax.tree.leaves(expected), jax.tree.leaves(state), strict=True):
-        if want.shape != have.shape:
-            raise ValueError(
-                f"the state does not fit this training of {num_envs} environment(s): an array is {have.shape}, expected {want.shape}; "
-                "train with the num_envs and the options of the run it comes from, and pass one seed of it"
-            )
 
 
 def _count(statistics: EpisodeStatistics, transition: Transition) -> EpisodeStatistics:
