@@ -1,5 +1,6 @@
 """The command line: ``dqn-jax train ENV`` and ``dqn-jax eval RUN``."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -20,9 +21,12 @@ from gymnasium.wrappers import RecordVideo
 from dqn_jax import checkpoint, envs, spaces
 from dqn_jax.experiment import say, train
 from dqn_jax.presets import PRESETS, DQNOptions, dqn
+from dqn_jax.programs import compute_inline
 from dqn_jax.runs import Task, greedy_policy, play_greedily
 from dqn_jax.training import evaluate
 from dqn_jax.types import Agent, AgentState, Env
+
+INLINE_SIZE = 1 << 15  # Width times batch up to which one thread is the faster way: a layer of 256 and a batch of 128.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,10 +131,18 @@ def _train(command: Train) -> dict[str, Any]:
             options=dataclasses.asdict(command.options),
         )
         folder = command.folder / (command.name or _new_name(command))
+    _choose_threads(task)
     summary = train(task, folder, resume=command.resume is not None)
     if not command.json:
         _print_summary(summary)
     return summary
+
+
+def _choose_threads(task: Task) -> None:
+    """A small network computes faster where it is asked for than in other threads, and this command owns its process."""
+    if max(task.options["hidden"], default=0) * task.options["batch_size"] <= INLINE_SIZE:
+        with contextlib.suppress(RuntimeError):  # Called from a program that uses JAX already: it keeps its setting.
+            compute_inline()
 
 
 def _new_name(command: Train) -> str:

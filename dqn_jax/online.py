@@ -24,7 +24,8 @@ from dqn_jax.types import Agent, AgentState, RunState
 
 RECENT = 100  # Updates over which the statistics are averaged.
 
-MEMORY, DONE, LEARNER, METRICS = range(4)  # What the programs return, each in its place.
+# The state, and what must change together with it. Programs return learner, metrics and memory in this order.
+LEARNER, METRICS, MEMORY, UPDATES, STORED, STAGING = range(6)
 
 
 class OnlineAgent:
@@ -70,9 +71,9 @@ class OnlineAgent:
         self._metrics = tuple(jax.eval_shape(agent.update, fresh, self._draws.row)[1])
         decision = jax.eval_shape(agent.explore, fresh, self._example, self._noise.row)[1]
         self._no_decision = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), decision)
-        self._staging = Staging(self._example, self._no_decision, self._cadence.rows)
+        self._unstaged = Staging(self._example, self._no_decision, self._cadence.rows)
         self._parts = Parts(Packing(fresh.learner), Packing(fresh.memory), self._noise.packing, self._draws.packing)
-        self._programs = compile_programs(agent, num_envs, self._parts, self._staging)
+        self._programs = compile_programs(agent, num_envs, self._parts, self._unstaged)
         self._checks: dict[tuple[str, bool], spaces.Check] = {}
         for single in (True, False):
             lead = None if single else num_envs
@@ -80,7 +81,7 @@ class OnlineAgent:
             self._checks["reward", single] = spaces.reward_check(lead)
             self._checks["terminated", single] = spaces.flag_check("terminated", lead)
             self._checks["truncated", single] = spaces.flag_check("truncated", lead)
-        self._cell: list[Any] = [None] * 4
+        self._cell: list[Any] = [None] * 6
         self._recent: deque[Any] = deque(maxlen=RECENT)  # Metrics of the last updates, on the device until somebody asks.
         self._pending: tuple[Any, list[np.ndarray]] | None = None  # An observation, and the leaves of the Decision that awaits its outcome.
         self._uncut = True  # Whether the stored stream may run on into an episode that it does not belong to.
@@ -153,7 +154,7 @@ class OnlineAgent:
             self._take_in(outcome, checked)
             self._episodes += 1
         except BaseException:
-            self._recover()
+            self.stop_episode()
             raise
 
     def stop_episode(self) -> None:
@@ -218,7 +219,7 @@ class OnlineAgent:
         self._store()
         recent = jax.device_get(list(self._recent)) or [dict.fromkeys(self._metrics, math.nan)]
         averages = {f"average_{name}": float(np.mean([metrics[name] for metrics in recent])) for name in self._metrics}
-        counts = {"t": self._step, "episodes": self._episodes, "n_updates": self._updates}
+        counts = {"t": self._step, "episodes": self._episodes, "n_updates": self._cell[UPDATES]}
         return {**counts, "replay_size": int(np.array(self._part(MEMORY).size)) * self.num_envs, **averages}
 
     @property
@@ -240,19 +241,7 @@ class OnlineAgent:
     @property
     def run_state(self) -> RunState:
         """A copy of everything: the agent's state, the pending step, the counts."""
-        observation, decision = self._pending or (self._example, jax.tree.leaves(self._no_decision))
-        pending = observation, jax.tree.unflatten(jax.tree.structure(self._no_decision), decision)
-        recent = list(self._recent)
-        padded = recent + [dict.fromkeys(self._metrics, math.nan)] * (RECENT - len(recent))
-        statistics = {
-            "pending": np.asarray(self._pending is not None),
-            "uncut": np.asarray(self._uncut),
-            "episodes": np.asarray(self._episodes, np.int32),
-            "owed": np.asarray(self._owed(), np.int32),
-            "recent": np.asarray(len(recent), np.int32),
-            "metrics": jax.tree.map(lambda *values: np.asarray(jax.device_get(values), np.float32), *padded),
-        }
-        return RunState(self.state, (), jax.tree.map(np.array, pending), statistics)
+        return self._with_counts(self.state)
 
     def restore(self, run: RunState) -> None:
         """Goes on exactly where the agent stopped whose ``run_state`` this is. The arrays are taken over, not copied."""
@@ -283,18 +272,19 @@ class OnlineAgent:
           FileNotFoundError: if there is no such file.
           dqn_jax.CheckpointError: if it is no checkpoint, is damaged, or holds arrays of other shapes or dtypes than this agent has.
         """
-        self.restore(checkpoint.load(path, jax.eval_shape(lambda: self.run_state))[0])
+        self.restore(checkpoint.load(path, self._with_counts(self._live_state()))[0])
 
     def compile(self) -> None:
         """Compiles everything now, so that no later call waits for it. Works on copies, of the replay too: the agent does not change."""
         memory, learner = jax.tree.map(jnp.copy, (self._cell[MEMORY], self._cell[LEARNER]))
-        rows, counts = [np.zeros_like(leaf) for leaf in self._staging.rows], self._counts(0)
+        arrays, counts = [np.zeros_like(array) for array in self._unstaged.arrays], self._counts(0)
         programs = self._programs
         programs.exploit(learner, self._example)
         programs.explore(learner, self._example, self._noise.rows(self._decisions, self._live_state), counts[1])
-        memory, _ = programs.store(memory, rows, counts)
-        memory, _ = programs.cut(memory, counts)
-        jax.block_until_ready(programs.learn(learner, memory, rows, self._draws.rows(self._updates, self._live_state), counts))
+        (memory,) = programs.store(memory, arrays, counts)
+        (memory,) = programs.cut(memory, counts)
+        draws = self._draws.rows(self._cell[UPDATES], self._live_state)
+        jax.block_until_ready(programs.learn(learner, memory, arrays, draws, counts))
 
     # Inside.
 
@@ -305,100 +295,99 @@ class OnlineAgent:
                 self._take_in(outcome, observation if successor is None else successor)
             elif self._uncut:
                 self._store()
-                self._swap(slice(MEMORY, LEARNER), self._programs.cut, self._cell[MEMORY], self._counts(0))
+                self._swap(slice(MEMORY, MEMORY + 1), (), self._programs.cut, self._cell[MEMORY], self._counts(0))
                 self._uncut = False
             noise = self._noise.rows(self._decisions, self._live_state)
             decided = self._programs.explore(self._cell[LEARNER], observation, noise, np.int32(self._step))
             decision = [np.asarray(leaf) for leaf in decided]
             self._decisions += 1
             self._pending = observation, decision
-            if self._owed() > 0:
+            if self._base + self._due(self._step) > self._cell[UPDATES]:
                 self._learn()
             return decision[0]  # The action: the first field of a Decision.
         except BaseException:
-            self._recover()
+            self.stop_episode()
             raise
 
     def _take_in(self, outcome: np.ndarray, successor: Any) -> None:
         """Lets the pending step, whose outcome this is, wait to be stored."""
         assert self._pending is not None
-        if self._staging.size == self._staging.capacity:
+        if self._cell[STAGING].size == self._unstaged.capacity:
             self._store()
         observation, decision = self._pending
         self._pending = None
-        self._staging.add(observation, decision, successor, outcome)
+        self._cell[STAGING].add(observation, decision, successor, outcome)
 
     def _store(self) -> None:
         """Stores the rows that wait."""
-        if self._staging.size:
-            args = self._cell[MEMORY], self._staging.rows, self._counts(self._staging.size)
-            self._swap(slice(MEMORY, LEARNER), self._programs.store, *args)
-            self._note_stored(self._step)
+        staging = self._cell[STAGING]
+        if staging.size:
+            noted = self._cell[UPDATES], self._step, staging.emptied()
+            self._swap(slice(MEMORY, None), noted, self._programs.store, self._cell[MEMORY], staging.arrays, self._counts(staging.size))
 
     def _learn(self) -> None:
         """Stores the rows that wait, and makes the updates of one interval."""
-        counts = self._counts(self._staging.size)
-        draws = self._draws.rows(self._updates, self._live_state)
-        args = self._cell[LEARNER], self._cell[MEMORY], self._staging.rows, draws, counts
-        self._swap(slice(MEMORY, METRICS + 1), self._programs.learn, *args)
-        self._note_stored(self._step)
-        self._updates += self._cadence.updates
+        learner, _, memory, updates, _, staging = self._cell
+        draws = self._draws.rows(updates, self._live_state)
+        noted = updates + self._cadence.updates, self._step, staging.emptied()
+        args = learner, memory, staging.arrays, draws, self._counts(staging.size)
+        self._swap(slice(LEARNER, None), noted, self._programs.learn, *args)
         self._recent.append(self._cell[METRICS])
 
-    def _note_stored(self, step: int) -> None:
-        """In this order, so that after an interrupt in between the counters still differ, and ``_recover`` notes it again."""
-        self._staging.clear()
-        self._stored = step
+    def _swap(self, places: slice, noted: tuple[Any, ...], program: Callable[..., Any], *args: Any) -> None:
+        """Runs a program and puts its results, and what is to be noted with them, into the cell within one C call.
 
-    def _swap(self, places: slice, program: Callable[..., Any], *args: Any) -> None:
-        """Runs a program and puts its results into the cell within one C call.
-
-        The old state is donated: an interrupt between the call and the assignment of its result would lose both.
+        The old state is donated: an interrupt between the call and the assignment of its result would lose both, and one before the
+        counters are changed would store the rows twice.
         """
-        self._cell[places] = itertools.chain.from_iterable(map(program, *((arg,) for arg in args)))
+        results = itertools.chain.from_iterable(map(program, *((arg,) for arg in args)))
+        self._cell[places] = itertools.chain(results, noted)
 
-    def _counts(self, rows: int) -> np.ndarray:
-        return np.array([self._decisions, self._stored, self._updates, rows], np.int32)
+    def _counts(self, num_rows: int) -> np.ndarray:
+        return np.array([self._decisions, self._cell[STORED], self._cell[UPDATES], num_rows], np.int32)
 
     @property
     def _step(self) -> int:
         """Transitions taken in, those that wait to be stored included."""
-        return self._stored + self._staging.size * self.num_envs
-
-    def _owed(self) -> int:
-        """Updates that have fallen due and are not done: read off the counters, so that an interrupt can neither lose nor repeat one."""
-        return self._base + self._due(self._step) - self._updates
+        return self._cell[STORED] + self._cell[STAGING].size * self.num_envs
 
     def _due(self, step: int) -> int:
+        """Updates that fall due up to there; what of it is owed is read off the counters, so an interrupt neither loses nor repeats one."""
         cadence = self._cadence
         return max(0, (step // self.num_envs - cadence.prefill) // cadence.rows) * cadence.updates
 
     def _restart(self, state: AgentState) -> None:
         """Begins with this state, with no episode open and no update owed."""
-        self._key = state.key
-        done = jnp.stack([state.step, state.updates])
-        self._cell[:] = [self._parts.memory.pack(state.memory), done, self._parts.learner.pack(state.learner), None]
-        self._decisions = int(np.array(state.decisions))
-        self._stored, self._updates = map(int, np.array(done))
-        self._staging.clear()
-        self._recent.clear()
-        self._episodes = 0
-        self._pending, self._uncut = None, True
-        self._base = self._updates - self._due(self._step)
+        decisions, step, updates = (int(np.array(count)) for count in (state.decisions, state.step, state.updates))
+        learner, memory = self._parts.learner.pack(state.learner), self._parts.memory.pack(state.memory)
         self._noise.forget()
         self._draws.forget()
+        self._recent.clear()
+        self._pending, self._uncut = None, True
+        self._key, self._decisions, self._episodes = state.key, decisions, 0
+        self._base = updates - self._due(step)
+        self._cell[:] = [learner, None, memory, updates, step, self._unstaged.emptied()]
 
-    def _recover(self) -> None:
-        """After an exception: the state is whole, what Python remembers about it may not be."""
-        self.stop_episode()
-        stored, self._updates = map(int, np.array(self._cell[DONE]))  # It waits for the device.
-        if stored != self._stored:  # The rows that waited were stored, and the exception struck before that was noted.
-            self._note_stored(stored)
+    def _with_counts(self, state: AgentState) -> RunState:
+        """The RunState that has this state of the agent; the rest is copied."""
+        observation, decision = self._pending or (self._example, jax.tree.leaves(self._no_decision))
+        pending = observation, jax.tree.unflatten(jax.tree.structure(self._no_decision), decision)
+        recent = list(self._recent)
+        padded = recent + [dict.fromkeys(self._metrics, math.nan)] * (RECENT - len(recent))
+        statistics = {
+            "pending": np.asarray(self._pending is not None),
+            "uncut": np.asarray(self._uncut),
+            "episodes": np.asarray(self._episodes, np.int32),
+            "owed": np.asarray(self._base + self._due(self._step) - self._cell[UPDATES], np.int32),
+            "recent": np.asarray(len(recent), np.int32),
+            "metrics": jax.tree.map(lambda *values: np.asarray(jax.device_get(values), np.float32), *padded),
+        }
+        return RunState(state, (), jax.tree.map(np.array, pending), statistics)
 
     def _live_state(self) -> AgentState:
         """The state without the rows that wait; its counters are NumPy."""
-        decisions, stored, updates = map(np.int32, (self._decisions, self._stored, self._updates))
-        return AgentState(self._part(LEARNER), self._part(MEMORY), self._key, decisions, stored, updates)
+        decisions, step, updates = map(np.int32, (self._decisions, self._cell[STORED], self._cell[UPDATES]))
+        return AgentState(self._part(LEARNER), self._part(MEMORY), self._key, decisions, step, updates)
 
     def _part(self, place: int) -> Any:
         return (self._parts.memory if place == MEMORY else self._parts.learner).unpack(self._cell[place])

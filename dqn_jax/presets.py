@@ -22,7 +22,7 @@ from dqn_jax.types import Agent, AgentState, Env, Masked
 class DQNOptions:
     """Options of ``dqn_jax.DQN`` and ``dqn_jax.dqn``: numbers and names. Intervals count transitions, of all environments together."""
 
-    gamma: float = 0.99
+    gamma: float = 0.999
     """Discount factor per environment step, in [0, 1]."""
     learning_rate: float = 7e-4
     """Step size of Adam; unused where an optimizer is given."""

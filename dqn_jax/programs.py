@@ -8,6 +8,7 @@ What a program donates travels as builtin tuples of raw arrays. To hand out a Na
 arrays are gone, and an interrupt that strikes there would lose both old and new.
 """
 
+import copy
 import math
 import os
 from collections.abc import Callable
@@ -17,7 +18,6 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax._src import xla_bridge  # There is no public way to ask whether JAX has started.
 
 from dqn_jax.types import Agent, AgentState, Decision, Transition
 
@@ -30,12 +30,14 @@ def compute_inline() -> None:
     """Lets JAX compute on the CPU in the thread that asks, and with no other: about twice as fast for small networks stepped from Python.
 
     To hand a small program to another thread, and to wait for it, takes longer than the program. A large network (or a large batch) is
-    better off with all threads. It holds for the whole process, so it is for the owner of the process to call, before anything else
-    uses JAX; it leaves accelerators alone.
+    better off with all threads. It holds for the whole process and for those that it starts, so it is for the owner of the process to
+    call, before anything else uses JAX.
 
     Raises:
       RuntimeError: if JAX has already begun to compute; nothing has changed then.
     """
+    from jax._src import xla_bridge  # There is no public way to ask whether JAX has started.
+
     if xla_bridge.backends_are_initialized():
         raise RuntimeError("JAX has already begun to compute: call compute_inline() before the first array is made")
     jax.config.update("jax_cpu_enable_async_dispatch", False)
@@ -83,19 +85,17 @@ class Parts(NamedTuple):
 class Programs(NamedTuple):
     """The compiled functions of one agent.
 
-    ``counts`` is int32 ``[4]``: decisions made, transitions and updates in the state that goes in, and how many of ``rows`` to store. The
-    programs that change the state return ``done``, int32 ``[2]``: transitions and updates in the state that comes out.
+    ``counts`` is int32 ``[4]``: decisions made, transitions and updates in the state that goes in, and how many rows to store.
 
     Attributes:
       explore: ``(learner, observation, noise, step) -> leaves of the Decision``: reads, and changes nothing.
       exploit: ``(learner, observation) -> action[N]``, greedy.
-      store: ``(memory*, rows, counts) -> (memory, done)``.
-      cut: ``(memory*, counts) -> (memory, done)``.
-      learn: ``(learner*, memory*, rows, draws, counts) -> (memory, done, learner, metrics)``: stores, then makes the updates of an
-        interval.
+      store: ``(memory*, rows, counts) -> (memory,)``.
+      cut: ``(memory*, counts) -> (memory,)``.
+      learn: ``(learner*, memory*, rows, draws, counts) -> (learner, metrics, memory)``: stores, then makes the updates of an interval.
 
-    A star marks what is donated: it is gone after the call. Learner, memory, noise and draws are packed, ``rows`` are those of a
-    ``Staging``.
+    A star marks what is donated: it is gone after the call. Learner, memory, noise and draws are packed, ``rows`` are the arrays
+    of a ``Staging``.
     """
 
     explore: Callable[..., Any]
@@ -143,13 +143,18 @@ class Ahead:
 class Staging:
     """The rows that happened and are not yet stored.
 
-    They lie in NumPy arrays ``[R, ...]``, one for each leaf of ``(observation, successor, decision, outcome)``; a program reads the first
-    ``size`` of the R rows. Once a program has the arrays they are replaced, for it may read them later.
+    A program that has been given the arrays may read them later, so they are not filled again: ``emptied`` gives the next ones.
 
     Args:
       observation: an example, ``[N, ...]``.
       decision: an example, ``[N, ...]``.
       num_rows: rows to hold, where a megabyte can.
+
+    Attributes:
+      arrays: NumPy arrays ``[R, ...]``, one for each leaf of ``(observation, successor, decision, outcome)``.
+      structure: of that tuple.
+      capacity: R.
+      size: rows that wait, at the front of the arrays.
     """
 
     def __init__(self, observation: Any, decision: Decision, num_rows: int):
@@ -157,18 +162,20 @@ class Staging:
         example = observation, observation, decision, np.zeros((3, num_envs), np.float32)
         leaves, self.structure = jax.tree.flatten(example)
         self.capacity = max(1, min(num_rows, STAGED_BYTES // sum(leaf.nbytes for leaf in leaves)))
-        self._forms = [((self.capacity, *leaf.shape), leaf.dtype) for leaf in leaves]
-        self.clear()
-
-    def clear(self) -> None:
-        """Holds no row, in new arrays."""
+        self.arrays = [np.empty((self.capacity, *leaf.shape), leaf.dtype) for leaf in leaves]
         self.size = 0
-        self.rows = [np.empty(shape, dtype) for shape, dtype in self._forms]
+
+    def emptied(self) -> "Staging":
+        """Another one like this, without rows."""
+        other = copy.copy(self)
+        other.arrays = [np.empty(array.shape, array.dtype) for array in self.arrays]
+        other.size = 0
+        return other
 
     def add(self, observation: Any, decision: list[np.ndarray], successor: Any, outcome: np.ndarray) -> None:
         """Takes one more row: of the decision its leaves; ``outcome`` is reward, discount and last, ``[3, N]``."""
         values = [*jax.tree.leaves(observation), *jax.tree.leaves(successor), *decision, outcome]
-        for array, value in zip(self.rows, values, strict=True):
+        for array, value in zip(self.arrays, values, strict=True):
             array[self.size] = value
         self.size += 1  # Last: an interrupt before it leaves the row uncounted.
 
@@ -176,13 +183,9 @@ class Staging:
 def compile_programs(agent: Agent, num_envs: int, parts: Parts, staging: Staging) -> Programs:
     """The programs of ``agent`` for ``num_envs`` environments; each compiles when first called."""
 
-    def state_of(learner: Any, memory: Any, counts: Any) -> AgentState:
+    def state_of(learner: Any, memory: Any, decisions: Any, step: Any, updates: Any) -> AgentState:
         """The agent's state; no program needs the key, whose numbers are drawn ahead."""
-        decisions, step, updates = counts
         return AgentState(learner, memory, (), decisions, step, updates)  # type: ignore[arg-type]
-
-    def done(state: AgentState) -> chex.Array:
-        return jnp.stack([state.step, state.updates])
 
     def stored(memory: Any, rows: list[chex.Array], counts: chex.Array) -> AgentState:
         """The state without its learner, after the first rows have been stored."""
@@ -194,29 +197,28 @@ def compile_programs(agent: Agent, num_envs: int, parts: Parts, staging: Staging
             return agent.observe(state, transition)
 
         # The number of turns is not known to the compiler: it would fuse a known one with the reads that follow, and copy the replay.
-        return jax.lax.fori_loop(0, counts[3], one, state_of((), memory, counts[:3]))
+        return jax.lax.fori_loop(0, counts[3], one, state_of((), memory, *counts[:3]))
 
     def explore(learner: Any, observation: Any, noise: Any, step: chex.Array) -> list[chex.Array]:
-        state = state_of(parts.learner.unpack(learner), (), (step, step, step))  # To explore, the other counters do not matter.
+        # Which decision it is has gone into the noise, and the number of updates does not matter.
+        state = state_of(parts.learner.unpack(learner), (), decisions=jnp.zeros_like(step), step=step, updates=jnp.zeros_like(step))
         noise = jax.tree.map(lambda leaf: leaf[0], parts.noise.unpack(noise))
         return jax.tree.leaves(agent.explore(state, observation, noise)[1])
 
     def exploit(learner: Any, observation: Any) -> chex.Array:
         return agent.exploit(parts.learner.unpack(learner), observation)
 
-    def store(memory: Any, rows: list[chex.Array], counts: chex.Array) -> tuple[Any, chex.Array]:
-        state = stored(parts.memory.unpack(memory), rows, counts)
-        return parts.memory.pack(state.memory), done(state)
+    def store(memory: Any, rows: list[chex.Array], counts: chex.Array) -> tuple[Any]:
+        return (parts.memory.pack(stored(parts.memory.unpack(memory), rows, counts).memory),)
 
-    def cut(memory: Any, counts: chex.Array) -> tuple[Any, chex.Array]:
-        state = agent.cut(state_of((), parts.memory.unpack(memory), counts[:3]), jnp.ones(num_envs, jnp.bool_))
-        return parts.memory.pack(state.memory), done(state)
+    def cut(memory: Any, counts: chex.Array) -> tuple[Any]:
+        state = agent.cut(state_of((), parts.memory.unpack(memory), *counts[:3]), jnp.ones(num_envs, jnp.bool_))
+        return (parts.memory.pack(state.memory),)
 
     def learn(learner: Any, memory: Any, rows: list[chex.Array], draws: Any, counts: chex.Array) -> tuple[Any, ...]:
         state = stored(parts.memory.unpack(memory), rows, counts)._replace(learner=parts.learner.unpack(learner))
         state, metrics = jax.lax.scan(agent.update, state, parts.draws.unpack(draws))
-        metrics = jax.tree.map(jnp.mean, metrics)
-        return parts.memory.pack(state.memory), done(state), parts.learner.pack(state.learner), metrics
+        return parts.learner.pack(state.learner), jax.tree.map(jnp.mean, metrics), parts.memory.pack(state.memory)
 
     return Programs(
         explore=jax.jit(explore),

@@ -210,7 +210,8 @@ def train(agent: Agent, env: Env, *, num_steps: int, num_envs: int = 1, history_
         return jax.lax.scan(interact, run, ahead(run.agent, run.env, cadence.prefill))[0] if cadence.prefill else run
 
     def resume(key: chex.PRNGKey, state: AgentState) -> RunState:
-        expected = jax.eval_shape(lambda: agent.init(jax.random.key(0), reset(jax.random.key(0))[1]))
+        one_key = jax.ShapeDtypeStruct((), state.key.dtype)
+        expected = jax.eval_shape(lambda key, key_agent: agent.init(key_agent, reset(key)[1]), key, one_key)
         checkpoint.require_fit(state, expected, f"this training of {num_envs} environment(s)")
         if not isinstance(state.step, jax.core.Tracer) and int(np.min(state.step)) < cadence.prefill * num_envs:
             raise ValueError(

@@ -2,6 +2,9 @@
 
 import random
 import signal
+import subprocess
+import sys
+import textwrap
 
 import gymnasium
 import jax
@@ -594,6 +597,24 @@ def test_exception_in_the_middle_leaves_the_agent_usable():
     assert consistent(agent)
     assert no_row_runs_on(agent.state)
     assert int(agent.state.updates) == int(agent.state.step) - 3  # The update that failed was made up for.
+
+
+def in_a_fresh_process(code):
+    return subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_compute_inline_comes_before_anything_is_computed():
+    said = in_a_fresh_process("""
+        import jax
+        import dqn_jax
+        dqn_jax.compute_inline()  # Importing the package has computed nothing yet.
+        assert jax.numpy.ones(3).sum() == 3
+        try:
+            dqn_jax.compute_inline()
+        except RuntimeError as error:
+            print(error)
+    """)
+    assert said == "JAX has already begun to compute: call compute_inline() before the first array is made"
 
 
 def test_same_seed_same_run_and_another_seed_another():

@@ -135,6 +135,7 @@ def host_cleanrl_style(env: gymnasium.Env, interval: int, steps: int, seed: int)
     )
     replay = ReplayBuffer(CAPACITY, envs.single_observation_space, envs.single_action_space, "cpu", handle_timeout_termination=False)
     rng, network = random.Random(seed), QNetwork(2, HIDDEN)
+    envs.single_action_space.seed(seed)
     np.random.seed(seed)  # The buffer draws from NumPy's global generator.
     apply: Callable[..., chex.Array] = jax.jit(network.apply)
     params = network.init(jax.random.key(seed), jnp.zeros((1, 4)))
