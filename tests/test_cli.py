@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+import dqn_jax
 from dqn_jax import cli, envs
 from dqn_jax.runs import CompiledRuns, HostRuns
 
@@ -128,7 +129,7 @@ def test_run_folder(finished):
         "summary.json",
     ]
     config = json.loads((folder / "config.json").read_text())
-    assert config["steps"] == STEPS and config["options"]["hidden"] == [8] and config["options"]["gamma"] == 0.99
+    assert config["steps"] == STEPS and config["options"]["hidden"] == [8] and config["options"]["gamma"] == dqn_jax.DQNOptions().gamma
     assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
     with open(folder / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))

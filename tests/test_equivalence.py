@@ -167,6 +167,12 @@ def test_resume_cuts_the_stream(env, seeds):
     np.testing.assert_array_equal(resumed.agent.memory.rows.discount, state.memory.rows.discount)
 
 
+def test_resume_takes_keys_of_any_kind(seeds):
+    training, _ = seeds
+    state = jax.jit(training.init)(jax.random.key(0, impl="rbg")).agent
+    assert str(training.resume(jax.random.key(1), state).agent.key.dtype) == "key<rbg>"
+
+
 def test_an_agent_in_warm_up_cannot_be_resumed(env, seeds):
     training, _ = seeds
     young = DQN(env, **SMALL)

@@ -16,7 +16,7 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 
 import dqn_jax
-from dqn_jax import DQN, Masked
+from dqn_jax import DQN, Masked, programs
 from dqn_jax.memory import ring
 from dqn_jax.networks import Network
 
@@ -537,6 +537,7 @@ def test_interrupts_at_random_moments_leave_the_agent_usable(as_new):
                     if step % 7 == 6:
                         agent.stop_episode_and_train(see(number), 1.0, terminated=False)
                         number += 10
+                        agent.get_statistics()  # To look also stores the rows that wait.
                 armed = False
             except KeyboardInterrupt:
                 armed = False
@@ -597,6 +598,30 @@ def test_exception_in_the_middle_leaves_the_agent_usable():
     assert consistent(agent)
     assert no_row_runs_on(agent.state)
     assert int(agent.state.updates) == int(agent.state.step) - 3  # The update that failed was made up for.
+
+
+def test_rows_wait_no_longer_than_there_is_room(as_new, monkeypatch):
+    def run():
+        agent = DQN(SPACES, **{**SMALL, "update_interval": 8})
+        rows = play(agent, EPISODES)
+        return dqn_jax.digest(agent.state), len(rows), agent._unstaged.capacity
+
+    roomy = run()
+    monkeypatch.setattr(programs, "STAGED_BYTES", 100)
+    cramped = run()
+    assert (roomy[2], cramped[2]) == (8, 3)
+    assert cramped[:2] == roomy[:2]
+
+
+@pytest.mark.parametrize("waiting", [1, 2])
+def test_a_failed_load_leaves_the_rows_that_wait(as_new, tmp_path, waiting):
+    agent = as_new(replay_start_size=100)
+    for number in range(1 + waiting):
+        agent.act_and_train(see(number), 1.0)
+    with pytest.raises(FileNotFoundError):
+        agent.load(tmp_path / "nothing")
+    agent.act_and_train(see(1 + waiting), 1.0)
+    np.testing.assert_array_equal(stored(agent.state).observation[:, 0, 0], np.arange(1 + waiting))
 
 
 def in_a_fresh_process(code):
