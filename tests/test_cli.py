@@ -363,3 +363,20 @@ def test_an_unused_gpu_is_pointed_out(installed, dqn_jax_command, monkeypatch):
     monkeypatch.setattr(Path, "exists", lambda path: False)
     _, _, err = dqn_jax_command("train", "NoSuch-v0")
     assert ("dqn_jax[cuda]" in err) is installed
+
+
+@pytest.mark.parametrize(
+    ("words", "inline"),
+    [
+        ([HOST], True),
+        ([HOST, "--hidden", 512, "--batch-size", 512], False),
+        (["phys2d/CartPole-v1"], True),
+        (["phys2d/CartPole-v1", "--seeds", 128], False),
+    ],
+)
+def test_small_networks_compute_on_one_thread(words, inline, monkeypatch, tmp_path):
+    chosen = []
+    monkeypatch.setattr(cli, "compute_inline", lambda: chosen.append(True))
+    monkeypatch.setattr(cli, "train", lambda task, folder, resume: {})
+    cli.main([*map(str, ["train", *words, "--folder", tmp_path, "--json"])])
+    assert bool(chosen) == inline

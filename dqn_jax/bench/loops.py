@@ -68,8 +68,8 @@ FULL = (
     Work("host", 1, 12_000),
     Work("compiled", 4, 100_000),
     Work("compiled", 1, 50_000),
-    Work("compiled", 4, 3_000, 128),
-    Work("compiled", 1, 2_000, 128),
+    Work("compiled", 4, 10_000, 128),
+    Work("compiled", 1, 5_000, 128),
 )
 SHORT = (
     Work("host", 4, 4_000),
