@@ -7,6 +7,7 @@ from dqn_jax.envs import from_func_env, from_gymnax, make, true_successors
 from dqn_jax.online import OnlineAgent
 from dqn_jax.presets import DQN, PRESETS, DQNOptions, dqn
 from dqn_jax.programs import compute_inline
+from dqn_jax.runs import load_run
 from dqn_jax.training import Result, Training, evaluate, train
 from dqn_jax.types import (
     Agent,
@@ -54,6 +55,7 @@ __all__ = [
     "dqn",
     "DQN",
     "compute_inline",
+    "load_run",
     "CheckpointError",
     "digest",
 ]

@@ -18,13 +18,14 @@ import numpy as np
 import tyro
 from gymnasium.wrappers import RecordVideo
 
-from dqn_jax import checkpoint, envs, spaces
+from dqn_jax import envs
 from dqn_jax.experiment import say, train
 from dqn_jax.presets import PRESETS, DQNOptions, dqn
 from dqn_jax.programs import compute_inline
-from dqn_jax.runs import Task, greedy_policy, play_greedily
+from dqn_jax.runs import Task, best_learner, greedy_policy, play_greedily, read_task
+from dqn_jax.statistics import iqm
 from dqn_jax.training import evaluate
-from dqn_jax.types import Agent, AgentState, Env
+from dqn_jax.types import AgentState, Env
 
 # Width times batch (times seeds trained at once) up to which the command computes on one thread. On two cores a layer of 64 with a
 # batch of 64 is the faster for it, alone and stepped from Python; with 128 seeds at once there is no difference.
@@ -117,7 +118,7 @@ def _train(command: Train) -> dict[str, Any]:
         others = [f.name for f in dataclasses.fields(Train) if getattr(command, f.name) != getattr(Train(), f.name)]
         if extra := sorted(set(others) - {"resume", "steps", "json"}):
             raise ValueError(f"--resume goes on with the run's own options; leave out {', '.join(extra)}")
-        task, folder = _read_task(command.resume), command.resume
+        task, folder = read_task(command.resume), command.resume
         task = task._replace(steps=task.steps if command.steps is None else command.steps)
     elif command.env is None:
         raise ValueError("name an environment (dqn-jax train CartPole-v1), or a run to go on with (--resume RUN)")
@@ -167,7 +168,7 @@ def _print_summary(summary: dict[str, Any]) -> None:
     print(f"{summary['algo']} on {summary['env']}: {summary['steps']:,} steps, {summary['updates']:,} updates, {summary['seeds']} seed(s)")
     print(f"  greedy return, final parameters   {shown(summary['eval_iqm'])}{interval('eval')}")
     best = [value for value in summary["best_eval_return"] if value is not None]
-    print(f"  greedy return, best on the way    {shown(sum(best) / len(best) if best else None)} (kept for dqn-jax eval)")
+    print(f"  greedy return, best on the way    {shown(iqm(np.array(best)) if best else None)} (kept for dqn-jax eval)")
     print(f"  return in the last tenth          {shown(summary['online_iqm'])}{interval('online')}")
     print(
         f"  steps per second                  {shown(summary['steps_per_second'])} after {summary['compile_seconds']:.1f} s of compilation"
@@ -177,19 +178,18 @@ def _print_summary(summary: dict[str, Any]) -> None:
     if not summary["complete"]:
         print(f"stopped early; go on with: dqn-jax train --resume {summary['run']}")
     else:
-        print(f"play it with: dqn-jax eval {summary['run']} [--render]")
+        shown_in = "[--env GYMNASIUM_ID --render]" if envs.is_jax_env(summary["env"]) else "[--render]"
+        print(f"play it with: dqn-jax eval {summary['run']} {shown_in}")
 
 
 def _eval(command: Eval) -> dict[str, Any]:
-    task = _read_task(command.run)
+    task = read_task(command.run)
     if command.episodes < 1:
         raise ValueError(f"--episodes must be at least 1, got {command.episodes}")
-    if not 0 <= command.seed < task.seeds:
-        raise ValueError(f"the run has {task.seeds} seed(s), 0 to {task.seeds - 1}: there is no seed {command.seed}")
     compiled = envs.is_jax_env(task.env)
     world = envs.make(task.env, **task.env_args) if compiled else gymnasium.make(task.env, **task.env_args)
     agent = dqn(world, **task.options)
-    learner = _best_learner(command, task, agent, world.observation_space)
+    learner = best_learner(command.run, command.seed, agent, world.observation_space)
     if isinstance(world, Env) and not (command.render or command.video or command.env):
         play = evaluate(agent, world, num_episodes=command.episodes, max_steps=world.time_limit or 10_000)
         state = AgentState(learner, *[()] * 5)  # Acting needs no more.
@@ -214,13 +214,6 @@ def _eval(command: Eval) -> dict[str, Any]:
     return result
 
 
-def _best_learner(command: Eval, task: Task, agent: Agent, observation_space: gymnasium.Space) -> Any:
-    one = jax.eval_shape(agent.init, jax.random.key(0), spaces.example(observation_space, task.num_envs)).learner
-    stacked = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((task.seeds, *leaf.shape), leaf.dtype), one)
-    learners, _ = checkpoint.load(command.run / "best.safetensors", stacked)
-    return jax.tree.map(lambda leaf: leaf[command.seed], learners)
-
-
 def _play_and_show(command: Eval, env_id: str, env_args: dict[str, Any], choose: Any) -> Iterator[float]:
     """Greedy episodes in a Gymnasium environment, on the screen or, the first of them, into a file."""
     seeds = range(command.seed + 20_000, command.seed + 20_000 + command.episodes)
@@ -237,16 +230,6 @@ def _play_and_show(command: Eval, env_id: str, env_args: dict[str, Any], choose:
     for seed in seeds:
         yield play_greedily(choose, env, seed)
     env.close()
-
-
-def _read_task(folder: Path) -> Task:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"no run at {folder}: expected a folder made by dqn-jax train, with config.json in it")
-    saved = json.loads(path.read_text())
-    if ":" in saved["env"]:  # gymnasium.make would import the module before the colon.
-        raise ValueError(f"{path} names the environment {saved['env']!r}: a module to import is not taken from a file")
-    return Task(**saved)
 
 
 def _parse_env_arg(text: str) -> tuple[str, Any]:

@@ -61,6 +61,8 @@ def train(task: Task, folder: Path, *, resume: bool = False) -> dict[str, Any]:
     log = Log(folder, task)
     if resume:
         log.restore(runs)
+        if runs.steps >= task.steps:
+            say(f"the run has made its {runs.steps:,} steps already: to go on, ask for more with --steps")
     first = runs.steps
     seconds = _loop(task, runs, log)
     speed = (runs.steps - first) * task.seeds / seconds if seconds else math.nan

@@ -92,6 +92,10 @@ class OnlineAgent:
             checkpoint.require_fit(state, fresh, f"this agent of {num_envs} environment(s)")
             self._restart(jax.tree.map(jnp.copy, state))
 
+    def __repr__(self) -> str:
+        counts = f"num_envs={self.num_envs}, t={self._step}, episodes={self._episodes}, n_updates={self._cell[UPDATES]}"
+        return f"{type(self).__name__}({counts})"
+
     # The deck's interface: one environment.
 
     def act(self, observation: Any) -> int:

@@ -77,6 +77,22 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Named sets of options: ``DQN(env, **PRESETS["deck"])``. "deck" is the setting of the slide deck that this package starts from."""
 
 
+ELSEWHERE = {
+    "lr": "learning_rate",
+    "buffer_size": "capacity",
+    "learning_starts": "replay_start_size",
+    "train_freq": "update_interval",
+    "train_frequency": "update_interval",
+    "gradient_steps": "updates_per_interval",
+    "n_times_update": "updates_per_interval",
+    "target_network_frequency": "target_update_interval",
+    "soft_update_tau": "tau",
+    "minibatch_size": "batch_size",
+    "net_arch": "hidden",
+}
+"""What SB3, PFRL and CleanRL call the options: for the hint when somebody uses those names."""
+
+
 def dqn(env_or_spaces: Any, *, network: Any = None, optimizer: optax.GradientTransformation | None = None, **options: Any) -> Agent:
     """A DQN agent as pure functions.
 
@@ -202,7 +218,7 @@ def dqn_options(**options: Any) -> DQNOptions:
     for name in options:
         if name not in known:
             everything = sorted([*known, "network", "optimizer", "num_envs"])
-            near = difflib.get_close_matches(name, everything, 1, 0.5)
+            near = [ELSEWHERE[name]] if name in ELSEWHERE else difflib.get_close_matches(name, everything, 1, 0.5)
             hint = f"did you mean {near[0]}?" if near else f"the options are {', '.join(everything)}"
             raise TypeError(f"DQN has no option {name!r}: {hint}")
     o = DQNOptions(**options)
@@ -269,7 +285,8 @@ def read_spaces(env_or_spaces: Any) -> tuple[gymnasium.Space, gymnasium.Space, i
         if mode != gymnasium.vector.AutoresetMode.SAME_STEP:
             raise ValueError(
                 f"this vector environment resets with {mode}; batch_act_and_train needs SAME_STEP: make it with "
-                "gymnasium.make_vec(id, num_envs, vector_kwargs={'autoreset_mode': gymnasium.vector.AutoresetMode.SAME_STEP})"
+                "gymnasium.make_vec(id, num_envs, vectorization_mode='sync', "
+                "vector_kwargs={'autoreset_mode': gymnasium.vector.AutoresetMode.SAME_STEP})"
             )
         return env_or_spaces.single_observation_space, env_or_spaces.single_action_space, env_or_spaces.num_envs
     if isinstance(env_or_spaces, gymnasium.Env | Env):

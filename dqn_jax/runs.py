@@ -5,7 +5,10 @@ Both offer ``compile``, ``advance``, ``evaluate``, ``state``, ``restore``, ``lea
 agent) and ``updates``.
 """
 
+import json
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import gymnasium
@@ -13,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dqn_jax import envs, spaces, training
+from dqn_jax import checkpoint, envs, spaces, training
 from dqn_jax.presets import DQN, dqn, dqn_options, epsilon_schedule
 from dqn_jax.types import Agent
 
@@ -178,6 +181,56 @@ class CompiledRuns:
     def learners(self) -> Any:
         """What the agents have learnt, stacked over seeds, as NumPy."""
         return jax.device_get(self._run.agent.learner)
+
+
+def read_task(folder: Path) -> Task:
+    """What the run in that folder was asked to do.
+
+    Raises:
+      FileNotFoundError: if the folder holds no run.
+      ValueError: if its environment would import a module.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no run at {folder}: expected a folder made by dqn-jax train, with config.json in it")
+    saved = json.loads(path.read_text())
+    if ":" in saved["env"]:  # gymnasium.make would import the module before the colon.
+        raise ValueError(f"{path} names the environment {saved['env']!r}: a module to import is not taken from a file")
+    return Task(**saved)
+
+
+def best_learner(folder: Path, seed: int, agent: Agent, observation_space: gymnasium.Space) -> Any:
+    """What one of the run's agents had learnt when it evaluated best.
+
+    Raises:
+      ValueError: if the run has no such seed.
+      FileNotFoundError, dqn_jax.CheckpointError: if there is no sound checkpoint, or ``agent`` has other parameters.
+    """
+    task = read_task(folder)
+    if not 0 <= seed < task.seeds:
+        raise ValueError(f"the run has {task.seeds} seed(s), 0 to {task.seeds - 1}: there is no seed {seed}")
+    one = jax.eval_shape(agent.init, jax.random.key(0), spaces.example(observation_space, task.num_envs)).learner
+    stacked = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((task.seeds, *leaf.shape), leaf.dtype), one)
+    learners, _ = checkpoint.load(folder / "best.safetensors", stacked)
+    return jax.tree.map(lambda leaf: leaf[seed], learners)
+
+
+def load_run(folder: str | os.PathLike, env: Any, *, seed: int = 0) -> DQN:
+    """An agent that has learnt what an agent of a ``dqn-jax train`` run had when it evaluated best; its replay is empty.
+
+    Args:
+      folder: of the run.
+      env: an environment with the spaces of the run's, or the pair (observation_space, action_space); as for ``DQN``.
+      seed: which of the run's agents: 0 is the first.
+
+    Raises:
+      ValueError: if the run has no such seed; and as ``DQN``.
+      FileNotFoundError, dqn_jax.CheckpointError: if there is no run or no sound checkpoint, or ``env`` has other spaces.
+    """
+    task = read_task(Path(folder))
+    fresh = DQN(env, **task.options)
+    learner = best_learner(Path(folder), seed, fresh.agent, fresh.observation_space)
+    return DQN.from_state(env, fresh.state._replace(learner=learner), **task.options)
 
 
 def play_greedily(choose: Any, env: gymnasium.Env, seed: int) -> float:

@@ -165,6 +165,10 @@ def _leaf_check(space: spaces.Space, lead: tuple[int, ...], name: str) -> Check:
         high = low + (space.n if isinstance(space, spaces.Discrete) else space.nvec) - 1
 
     def check(value: Any) -> np.ndarray:
+        if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], dict):
+            raise TypeError(
+                f"{name} is a pair whose second is a dict, as env.reset() returns it: pass the observation alone, env.reset()[0]"
+            )
         array = np.asarray(value)
         if array.shape != shape:
             raise ValueError(

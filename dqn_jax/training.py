@@ -134,8 +134,13 @@ def train(agent: Agent, env: Env, *, num_steps: int, num_envs: int = 1, history_
       A ``Training``. Compile its functions; donate the state to ``advance``, or each call copies the replay.
 
     Raises:
+      TypeError: if ``env`` is not a JAX environment.
       ValueError: if a number is below one, or environments and update period do not divide one another.
     """
+    if not isinstance(env, Env):
+        raise TypeError(
+            f"env must be a JAX environment from dqn_jax.make, got {env!r}: step a Gymnasium environment with dqn_jax.DQN and act_and_train"
+        )
     if num_steps < 1 or history_length < 1:
         raise ValueError(f"num_steps and history_length must be at least 1, got {num_steps} and {history_length}")
     cadence = agent.cadence(num_envs)

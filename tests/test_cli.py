@@ -7,13 +7,14 @@ import shutil
 import signal
 from pathlib import Path
 
+import gymnasium
 import jax
 import numpy as np
 import pytest
 
 import dqn_jax
 from dqn_jax import cli, envs
-from dqn_jax.runs import CompiledRuns, HostRuns
+from dqn_jax.runs import CompiledRuns, HostRuns, play_greedily
 
 STEPS = 600
 TINY = ["--steps", STEPS, "--replay-start-size", 100, "--update-interval", 4, "--hidden", 8, "--eval-episodes", 2]
@@ -239,6 +240,12 @@ def test_what_was_learnt_survives_an_environment_that_raises(dqn_jax_command, su
 
 
 @pytest.mark.parametrize("finished", [HOST], ids=["host"], indirect=True)
+def test_resuming_a_complete_run_says_so(finished, dqn_jax_command, tmp_path):
+    folder = shutil.copytree(finished[0], tmp_path / "copy")
+    status, _, err = dqn_jax_command("train", "--resume", folder)
+    assert status == 0 and "steps already: to go on, ask for more with --steps" in err
+
+
 def test_resume_goes_beyond_the_end(finished, summary_of, tmp_path):
     shutil.copytree(finished[0], tmp_path / "longer")
     summary = summary_of("train", "--resume", "longer", "--steps", STEPS + 100)
@@ -380,3 +387,18 @@ def test_small_networks_compute_on_one_thread(words, inline, monkeypatch, tmp_pa
     monkeypatch.setattr(cli, "train", lambda task, folder, resume: {})
     cli.main([*map(str, ["train", *words, "--folder", tmp_path, "--json"])])
     assert bool(chosen) == inline
+
+
+def test_a_run_becomes_an_agent(finished, summary_of):
+    folder, command = finished
+    seed = 2 if COMPILED in command else 0
+    env = gymnasium.make(HOST)
+    agent = dqn_jax.load_run(folder, env, seed=seed)
+    played = summary_of("eval", folder, "--episodes", 3, "--seed", seed, "--env", HOST)["returns"]
+    assert [play_greedily(agent.act, env, 20_000 + seed + episode) for episode in range(3)] == played
+    agent.act_and_train(env.reset(seed=0)[0], 0.0)
+    assert agent.get_statistics()["replay_size"] == 0
+    with pytest.raises(ValueError, match="there is no seed 3"):
+        dqn_jax.load_run(folder, env, seed=3)
+    with pytest.raises(FileNotFoundError, match="no run at"):
+        dqn_jax.load_run(folder / "nowhere", env)

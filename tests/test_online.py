@@ -642,6 +642,12 @@ def test_compute_inline_comes_before_anything_is_computed():
     assert said == "JAX has already begun to compute: call compute_inline() before the first array is made"
 
 
+def test_repr_tells_how_far_it_is(as_new):
+    agent = as_new()
+    play(agent, [(9, "terminated"), (1, "truncated")])
+    assert repr(agent) == "DQN(num_envs=1, t=10, episodes=2, n_updates=1)"
+
+
 def test_same_seed_same_run_and_another_seed_another():
     def run(seed):
         agent = DQN(SPACES, seed, **SMALL)
