@@ -143,7 +143,7 @@ def _train(command: Train) -> dict[str, Any]:
 
 def _choose_threads(task: Task) -> None:
     """A small network computes faster where it is asked for than in other threads, and this command owns its process."""
-    at_once = task.seeds if envs.is_jax_env(task.env) else 1
+    at_once = task.seeds if task.seeds > 1 and envs.is_jax_env(task.env) else 1
     if max(task.options["hidden"], default=0) * task.options["batch_size"] * at_once <= INLINE_SIZE:
         with contextlib.suppress(RuntimeError):  # Called from a program that uses JAX already: it keeps its setting.
             compute_inline()
