@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dqn_jax import checkpoint, spaces
-from dqn_jax.programs import Ahead, Packing, Parts, Staging, compile_programs
+from dqn_jax.programs import Ahead, Packing, Parts, Staging, compile_programs, outcome_array
 from dqn_jax.types import Agent, AgentState, RunState
 
 RECENT = 100  # Updates over which the statistics are averaged.
@@ -132,7 +132,7 @@ class OnlineAgent:
         checked = self._observation(observation, True)
         if self._pending is None:
             return int(self._advance(checked)[0])
-        outcome = _outcome(self._checks["reward", True](reward))
+        outcome = outcome_array(self._checks["reward", True](reward))
         return int(self._advance(checked, outcome)[0])
 
     def stop_episode_and_train(self, observation: Any, reward: float, terminated: bool = True) -> None:
@@ -151,7 +151,7 @@ class OnlineAgent:
         checked = self._checks["observation", True](observation)
         ended = self._checks["terminated", True](terminated)
         spaces.require_actions_allowed(checked, ended)
-        outcome = _outcome(self._checks["reward", True](reward), ended, np.ones(1, np.bool_))
+        outcome = outcome_array(self._checks["reward", True](reward), ended, np.ones(1, np.bool_))
         if self._pending is None:
             raise RuntimeError("no episode is open: call act_and_train at least once before stop_episode_and_train")
         try:
@@ -197,7 +197,7 @@ class OnlineAgent:
             return np.array(self._advance(checked))
         ended = self._checks["terminated", False](terminated)
         last = ended | self._checks["truncated", False](truncated)
-        outcome = _outcome(self._checks["reward", False](reward), ended, last)
+        outcome = outcome_array(self._checks["reward", False](reward), ended, last)
         if next_observation is None:
             if last.any():
                 raise ValueError(
@@ -407,12 +407,3 @@ class OnlineAgent:
     def _require_single(self, method: str) -> None:
         if self.num_envs != 1:
             raise RuntimeError(f"this agent was built for {self.num_envs} environments: use batch_act_and_train instead of {method}")
-
-
-def _outcome(reward: np.ndarray, terminated: np.ndarray | None = None, last: np.ndarray | None = None) -> np.ndarray:
-    """Reward, discount and last as one array ``[3, N]``: each array that enters a program costs."""
-    outcome = np.empty((3, len(reward)), np.float32)
-    outcome[0] = reward
-    outcome[1] = 1.0 if terminated is None else ~terminated
-    outcome[2] = 0.0 if last is None else last
-    return outcome

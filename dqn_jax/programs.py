@@ -180,6 +180,15 @@ class Staging:
         self.size += 1  # Last: an interrupt before it leaves the row uncounted.
 
 
+def outcome_array(reward: np.ndarray, terminated: np.ndarray | None = None, last: np.ndarray | None = None) -> np.ndarray:
+    """Reward, discount and last, ``[N]`` each, as one array ``[3, N]`` for a ``Staging``; without the flags nothing has ended."""
+    outcome = np.empty((3, len(reward)), np.float32)
+    outcome[0] = reward
+    outcome[1] = 1.0 if terminated is None else ~terminated
+    outcome[2] = 0.0 if last is None else last
+    return outcome
+
+
 def compile_programs(agent: Agent, num_envs: int, parts: Parts, staging: Staging) -> Programs:
     """The programs of ``agent`` for ``num_envs`` environments; each compiles when first called."""
 
