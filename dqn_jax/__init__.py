@@ -3,7 +3,7 @@
 from dqn_jax.agent import assemble
 from dqn_jax.algorithms.dqn import DQNState
 from dqn_jax.checkpoint import CheckpointError, digest
-from dqn_jax.envs import from_func_env, from_gymnax, make, true_successors
+from dqn_jax.envs import from_func_env, from_gymnax, from_pgx, make, true_successors
 from dqn_jax.online import OnlineAgent
 from dqn_jax.presets import DQN, PRESETS, DQNOptions, dqn
 from dqn_jax.programs import compute_inline
@@ -44,6 +44,7 @@ __all__ = [
     "make",
     "from_func_env",
     "from_gymnax",
+    "from_pgx",
     "true_successors",
     "Training",
     "Result",

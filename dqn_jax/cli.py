@@ -18,9 +18,9 @@ import numpy as np
 import tyro
 from gymnasium.wrappers import RecordVideo
 
-from dqn_jax import envs
+from dqn_jax import envs, spaces
 from dqn_jax.experiment import say, train
-from dqn_jax.presets import PRESETS, DQNOptions, dqn
+from dqn_jax.presets import NATURE_SIDE, PRESETS, DQNOptions, dqn
 from dqn_jax.programs import compute_inline
 from dqn_jax.runs import Task, best_learner, greedy_policy, play_greedily, read_task
 from dqn_jax.statistics import iqm
@@ -37,10 +37,11 @@ class Train:
     """Trains an agent: step by step in a Gymnasium environment, compiled whole in a JAX one."""
 
     env: Annotated[str | None, tyro.conf.Positional] = None
-    """Gymnasium id (CartPole-v1), or a JAX environment (phys2d/CartPole-v1, gymnax/Catch-bsuite). Not needed with --resume."""
+    """Gymnasium id (CartPole-v1), or a JAX environment (phys2d/CartPole-v1, gymnax/Catch-bsuite, pgx/minatar-breakout). Not needed with
+    --resume."""
     algo: Literal["dqn"] = "dqn"
     """The algorithm."""
-    preset: Literal["default", "deck"] = "default"
+    preset: Literal[tuple(PRESETS)] = "default"  # type: ignore[valid-type]
     """The set of options that the flags below start from."""
     steps: int | None = None
     """Environment steps for each seed (default: 50000; with --resume: as before)."""
@@ -95,7 +96,7 @@ def main(args: list[str] | None = None) -> None:
     command = tyro.cli(commands, args=args, prog="dqn-jax", description=__doc__, config=(tyro.conf.OmitArgPrefixes,))  # type: ignore[call-overload]
     try:
         summary = _train(command) if isinstance(command, Train) else _eval(command)
-    except (ValueError, TypeError, NotImplementedError, OSError, ModuleNotFoundError, gymnasium.error.Error) as error:
+    except (ValueError, TypeError, NotImplementedError, OSError, MemoryError, ModuleNotFoundError, gymnasium.error.Error) as error:
         say(f"error: {error}")
         sys.exit(2)
     except KeyboardInterrupt:
@@ -144,9 +145,16 @@ def _train(command: Train) -> dict[str, Any]:
 def _choose_threads(task: Task) -> None:
     """A small network computes faster where it is asked for than in other threads, and this command owns its process."""
     at_once = task.seeds if task.seeds > 1 and envs.is_jax_env(task.env) else 1
-    if max(task.options["hidden"], default=0) * task.options["batch_size"] * at_once <= INLINE_SIZE:
+    if max(task.options["hidden"] or (128,)) * task.options["batch_size"] * at_once <= INLINE_SIZE and not _has_large_images(task):
         with contextlib.suppress(RuntimeError):  # Called from a program that uses JAX already: it keeps its setting.
             compute_inline()
+
+
+def _has_large_images(task: Task) -> bool:
+    if envs.is_jax_env(task.env):  # Making one would start JAX, and then it is too late to choose. Theirs are small.
+        return False
+    space = gymnasium.make(task.env, **task.env_args).observation_space
+    return spaces.is_image(space) and max(space.shape or ()) >= NATURE_SIDE
 
 
 def _new_name(command: Train) -> str:
@@ -239,7 +247,7 @@ def _parse_env_arg(text: str) -> tuple[str, Any]:
     try:
         return name, json.loads(value)
     except json.JSONDecodeError:
-        return name, value  # A word.
+        return name, {"True": True, "False": False}.get(value, value)  # As Python spells them, or a word.
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
-"""Environments written in JAX, as ``Env`` records: from Gymnasium's FuncEnv, from gymnax; time limit and auto-reset in one place."""
+"""Environments written in JAX, as ``Env`` records: from Gymnasium's FuncEnv, gymnax, pgx; time limit and auto-reset in one place."""
 
+import difflib
 import importlib
+import inspect
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import chex
@@ -92,16 +95,29 @@ def from_func_env(func_env: FuncEnv, *, params: Any = None, time_limit: int | No
     return with_auto_reset(reset, transition, func_env.observation_space, func_env.action_space, time_limit)
 
 
-def from_gymnax(environment: Any, params: Any) -> Env:
-    """An ``Env`` from a gymnax environment (1.0.1 or newer) and its parameters, its own time limit included."""
+def from_gymnax(environment: Any, params: Any, *, binary: bool = False) -> Env:
+    """An ``Env`` from a gymnax environment (1.0.1 or newer) and its parameters, its own time limit included.
+
+    Args:
+      environment, params: as ``gymnax.make`` returns them.
+      binary: whether its observations hold nothing but 0 and 1, as MinAtar's do: they are then bool, a quarter of float32 in a replay.
+
+    Raises:
+      TypeError: if it is a wrapper: those change ``step``, with the auto-reset inside, which is not called here.
+    """
+    if not hasattr(type(environment), "step_env"):
+        raise TypeError(f"{type(environment).__name__} is a gymnax wrapper: pass the environment itself and wrap the Env that comes out")
+
+    def see(observation: chex.ArrayTree) -> chex.ArrayTree:
+        return jax.tree.map(lambda x: x.astype(jnp.bool_), observation) if binary else observation
 
     def reset(key: chex.PRNGKey) -> tuple[Any, chex.ArrayTree]:
         observation, inner = environment.reset_env(key, params)
-        return inner, observation
+        return inner, see(observation)
 
     def transition(key: chex.PRNGKey, inner: Any, action: chex.Array) -> tuple[Any, ...]:
         observation, inner, reward, terminated, _ = environment.step_env(key, inner, action, params)
-        return inner, observation, reward, terminated, environment.is_truncated(inner, params)
+        return inner, see(observation), reward, terminated, environment.is_truncated(inner, params)
 
     # Some spaces name another dtype than the environment gives (Catch-bsuite does); what it gives counts.
     seen = jax.eval_shape(lambda: reset(jax.random.key(0)))[1]
@@ -115,9 +131,47 @@ def from_gymnax(environment: Any, params: Any) -> Env:
     return env._replace(time_limit=int(params.max_steps_in_episode))
 
 
+def from_pgx(environment: Any, *, time_limit: int | None = None) -> Env:
+    """An ``Env`` from a single-player pgx environment (2.6 or newer): MinAtar, 2048.
+
+    MinAtar's observations are bool ``[10, 10, C]`` and all its actions are allowed. Other games give ``Masked`` observations.
+
+    Args:
+      environment: as ``pgx.make`` returns it.
+      time_limit: pgx has none of its own. MinAtar's Freeway ends after 2501 steps, which pgx, like MinAtar, calls terminated.
+
+    Raises:
+      NotImplementedError: if the game has several players.
+    """
+    if environment.num_players != 1:
+        raise NotImplementedError(f"pgx/{environment.id} has num_players={environment.num_players}: only single-player games are supported")
+    masked = not environment.id.startswith("minatar-")
+
+    def see(state: Any) -> chex.ArrayTree:
+        return {"observation": state.observation, "action_mask": state.legal_action_mask} if masked else state.observation
+
+    def reset(key: chex.PRNGKey) -> tuple[Any, chex.ArrayTree]:
+        state = environment.init(key)
+        return state, see(state)
+
+    def transition(key: chex.PRNGKey, state: Any, action: chex.Array) -> tuple[Any, ...]:
+        state = environment.step(state, action, key)
+        return state, see(state), state.rewards[0], state.terminated, state.truncated
+
+    state = jax.eval_shape(environment.init, jax.random.key(0))
+    (num_actions,) = state.legal_action_mask.shape
+    dtype = np.dtype(state.observation.dtype)
+    low, high = (0, 1) if dtype == np.bool_ else (-np.inf, np.inf)
+    # Bool, not uint8: a network reads uint8 images as grey levels and divides them by 255.
+    space: gymnasium.Space = gymnasium.spaces.Box(low, high, state.observation.shape, dtype.type)
+    if masked:
+        space = gymnasium.spaces.Dict({"observation": space, "action_mask": gymnasium.spaces.MultiBinary(num_actions)})
+    return with_auto_reset(reset, transition, space, gymnasium.spaces.Discrete(num_actions), time_limit)
+
+
 def is_jax_env(env_id: str) -> bool:
-    """Whether ``make`` knows the id: ``gymnax/NAME``, or a Gymnasium id whose environment is a FuncEnv."""
-    if env_id.startswith("gymnax/"):
+    """Whether ``make`` knows the id: ``gymnax/NAME``, ``pgx/NAME``, or a Gymnasium id whose environment is a FuncEnv."""
+    if env_id.startswith(("gymnax/", "pgx/")):
         return True
     entry_point = gymnasium.spec(env_id).entry_point
     if isinstance(entry_point, str):
@@ -130,8 +184,14 @@ def is_jax_env(env_id: str) -> bool:
 def make(env_id: str, **env_args: Any) -> Env:
     """A JAX environment by its id.
 
+    MinAtar comes from gymnax and from pgx, with bool observations ``[10, 10, C]`` (gymnax's own are float32 zeros and ones) and only the
+    actions that each game uses; ``use_minimal_action_set=False`` gives all six. ``pgx/minatar-breakout`` repeats the last action with
+    ``sticky_action_prob=0.1`` and has no time limit: with all six actions, that is the protocol of Young and Tian (2019).
+    ``gymnax/Breakout-MinAtar`` never repeats an action and truncates at ``max_steps_in_episode=1000`` (Freeway: 2500).
+
     Args:
-      env_id: a Gymnasium id whose environment is a FuncEnv (``phys2d/CartPole-v1``), or ``gymnax/NAME`` (``gymnax/Catch-bsuite``).
+      env_id: a Gymnasium id whose environment is a FuncEnv (``phys2d/CartPole-v1``), ``gymnax/NAME`` (``gymnax/Catch-bsuite``), or
+        ``pgx/NAME`` (``pgx/minatar-breakout``).
       **env_args: its parameters, for example ``polemass_length=0.05``, which gives phys2d's CartPole the dynamics of CartPole-v1
         (as shipped, phys2d adds the pole's mass and length where CartPole-v1 multiplies them).
 
@@ -139,15 +199,17 @@ def make(env_id: str, **env_args: Any) -> Env:
       An ``Env``.
 
     Raises:
-      ModuleNotFoundError: if gymnax is asked for and not installed.
+      ModuleNotFoundError: if gymnax or pgx is asked for and not installed.
       ValueError: if the id is not a JAX environment.
       TypeError: if it has no such parameter.
-      NotImplementedError: if the environment's code cannot be traced.
+      NotImplementedError: if the environment's code cannot be traced, or the game has several players.
     """
     if env_id.startswith("gymnax/"):
         return _make_gymnax(env_id.removeprefix("gymnax/"), env_args)
+    if env_id.startswith("pgx/"):
+        return _make_pgx(env_id.removeprefix("pgx/"), env_args)
     if not is_jax_env(env_id):
-        raise ValueError(f"{env_id} is not written in JAX: use gymnasium.make and the step-by-step agent, or a phys2d/ or gymnax/ id")
+        raise ValueError(f"{env_id} is not written in JAX: use gymnasium.make and the step-by-step agent, or a phys2d/, gymnax/ or pgx/ id")
     func_env = gymnasium.make(env_id, disable_env_checker=True).unwrapped.func_env  # type: ignore[attr-defined]
     params = func_env.get_default_params()
     env = from_func_env(func_env, params=_replaced(params, env_args, env_id), time_limit=gymnasium.spec(env_id).max_episode_steps)
@@ -166,15 +228,37 @@ def _make_gymnax(name: str, env_args: dict[str, Any]) -> Env:
     # A gymnax environment takes some options when made (a size) and the others as parameters.
     construct = {key: value for key, value in env_args.items() if not hasattr(gymnax.make(name)[1], key)}
     environment, params = gymnax.make(name, **construct)
-    return from_gymnax(environment, _replaced(params, {key: value for key, value in env_args.items() if key not in construct}, name))
+    params = _replaced(params, {key: value for key, value in env_args.items() if key not in construct}, name)
+    return from_gymnax(environment, params, binary=name.endswith("-MinAtar"))
+
+
+def _make_pgx(name: str, env_args: dict[str, Any]) -> Env:
+    try:
+        import pgx
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"pgx/{name} needs pgx: pip install 'dqn_jax[pgx]'") from error
+    known = pgx.available_envs()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        raise ValueError(f"pgx has no {name}: " + (f"did you mean pgx/{near[0]}?" if near else f"it has {', '.join(known)}"))
+    environment = pgx.make(name)
+    env = from_pgx(environment)
+    if not env_args:
+        return env
+    # pgx.make takes no options, the classes behind it do.
+    _refuse_unknown(env_args, inspect.signature(type(environment)).parameters, name)
+    return from_pgx(type(environment)(**env_args))
 
 
 def _replaced(params: Any, env_args: dict[str, Any], name: str) -> Any:
-    known = sorted(vars(params)) if params is not None and hasattr(params, "__dict__") else []
+    _refuse_unknown(env_args, vars(params) if params is not None and hasattr(params, "__dict__") else (), name)
+    return params.replace(**env_args) if env_args else params
+
+
+def _refuse_unknown(env_args: dict[str, Any], known: Iterable[str], name: str) -> None:
     unknown = sorted(set(env_args) - set(known))
     if unknown:
-        raise TypeError(f"{name} has no parameter {', '.join(unknown)}; it has {', '.join(known) or 'none'}")
-    return params.replace(**env_args) if env_args else params
+        raise TypeError(f"{name} has no parameter {', '.join(unknown)}; it has {', '.join(sorted(known)) or 'none'}")
 
 
 def _from_gymnax_space(space: Any, seen: Any = None) -> gymnasium.Space:

@@ -41,6 +41,115 @@ class QNetwork(nn.Module):
         return nn.Dense(self.num_actions)(x)  # [B, A]
 
 
+# Convolutions for ``ConvQNetwork``, as (filters, kernel size, stride), and the hidden layers that go with them.
+NATURE = ((32, 8, 4), (64, 4, 2), (64, 3, 1))  # hidden (512,): Mnih et al. 2015, for images of 84x84
+MINATAR = ((16, 3, 1),)  # hidden (128,): Young and Tian 2019, for images of 10x10
+
+
+def conv(x: chex.Array, kernel: chex.Array, stride: int) -> chex.Array:
+    """Two-dimensional convolution without padding, of the kind that is fast on the backend at hand.
+
+    XLA runs a convolution inside a compiled loop on CPU three to ten times slower than outside it (jax-ml/jax#12868). There the same
+    numbers, up to rounding, come out of slices and one matrix product. The choice is made when the program is traced, by
+    ``jax.default_backend()``.
+
+    Args:
+      x: images ``[B, H, W, C]`` of float32, no smaller than the kernel.
+      kernel: ``[K, K, C, F]``.
+      stride: the step between windows, in pixels, along both axes.
+
+    Returns:
+      ``[B, (H - K) // stride + 1, (W - K) // stride + 1, F]``.
+    """
+    chex.assert_rank([x, kernel], 4)
+    if jax.default_backend() == "cpu":
+        return _conv_by_matmul(x, kernel, stride)
+    return jax.lax.conv_general_dilated(x, kernel, (stride, stride), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def _conv_by_matmul(x: chex.Array, kernel: chex.Array, stride: int) -> chex.Array:
+    batch, _, _, channels = x.shape
+    size, _, _, filters = kernel.shape
+    height, width = ((extent - size) // stride + 1 for extent in x.shape[1:3])
+    # Copying pixels costs as much as multiplying them, so a stride that divides the kernel serves twice. Along the width, pixels that
+    # enter windows together become channels, by a mere reshape. Along the height, each block of ``stride`` rows goes into the product
+    # once, with every part of the kernel that ever meets it, and the results are shifted and summed. (With stride 1 these would be
+    # more numbers than the windows hold.)
+    divides = size % stride == 0
+    fold = stride if divides else 1
+    parts = size // stride if divides and stride > 1 else 1
+    rows, step = height + parts - 1, stride // fold
+    x = x[:, :, : (width - 1) * stride + size].reshape(batch, x.shape[1], -1, fold * channels)  # [B, H, W / fold, fold C]
+    windows = [
+        x[:, i : i + (rows - 1) * stride + 1 : stride, j : j + (width - 1) * step + 1 : step]
+        for i in range(size // parts)
+        for j in range(size // fold)
+    ]
+    columns = jnp.concatenate(windows, axis=-1).reshape(batch * rows * width, -1)  # [B rows width, K / parts * K C]
+    weights = jnp.concatenate(list(kernel.reshape(parts, -1, filters)), axis=-1)  # [K / parts * K C, parts F]
+    y = (columns @ weights).reshape(batch, rows, width, parts, filters)
+    return sum((y[:, p : p + height, :, p] for p in range(1, parts)), y[:, :height, :, 0])
+
+
+class Conv(nn.Module):
+    """A convolutional layer without padding: ``conv`` plus a bias, with the parameters of ``flax.linen.Conv`` on every backend.
+
+    Attributes:
+      features: the number F of filters.
+      kernel_size: the side K of a square window, in pixels.
+      stride: the step between windows, in pixels.
+    """
+
+    features: int
+    kernel_size: int
+    stride: int = 1
+
+    @nn.compact
+    def __call__(self, x: chex.Array) -> chex.Array:
+        """From images ``[B, H, W, C]`` to ``[B, (H - K) // stride + 1, (W - K) // stride + 1, F]``."""
+        shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        return conv(x, kernel, self.stride) + bias
+
+
+class ConvQNetwork(nn.Module):
+    """Convolutions, then a multilayer perceptron, all with ReLU, that give one value per action (Mnih et al. 2015).
+
+    Attributes:
+      num_actions: the number A of actions.
+      convolutions: (filters, kernel size, stride) of each, first to last: ``NATURE``, ``MINATAR`` or your own.
+      hidden: width of each hidden layer after them.
+      image: from a batch of observations to images ``[B, H, W, C]`` of float32, for example ``spaces.image(space)``.
+    """
+
+    num_actions: int
+    convolutions: Sequence[tuple[int, int, int]]
+    hidden: Sequence[int]
+    image: Callable[[chex.ArrayTree], chex.Array]
+
+    @nn.compact
+    def __call__(self, observation: chex.ArrayTree) -> chex.Array:
+        """The values ``[B, A]`` of a batch of observations ``[B, ...]``.
+
+        Raises:
+          ValueError: if a kernel does not fit the image that reaches it.
+        """
+        x = image = self.image(observation)  # [B, H, W, C]
+        for i, (filters, size, stride) in enumerate(self.convolutions):
+            if min(x.shape[1:3]) < size:
+                raise ValueError(
+                    f"an image of {image.shape[1]}x{image.shape[2]} reaches convolution {i} as {x.shape[1]}x{x.shape[2]}, smaller than "
+                    f"its {size}x{size} kernel: give smaller kernels or strides (networks.MINATAR suits 10x10), enlarge the image, or "
+                    "say where its channels are (spaces.image)"
+                )
+            x = nn.relu(Conv(filters, size, stride)(x))
+        x = x.reshape(x.shape[0], -1)  # [B, F]
+        for features in self.hidden:
+            x = nn.relu(nn.Dense(features)(x))
+        return nn.Dense(self.num_actions)(x)  # [B, A]
+
+
 class Network(NamedTuple):
     """The two functions that the package asks of a network."""
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dqn_jax import checkpoint, spaces
+from dqn_jax import checkpoint, footprint, spaces
 from dqn_jax.programs import Ahead, Packing, Parts, Staging, compile_programs, outcome_array
 from dqn_jax.types import Agent, AgentState, RunState
 
@@ -47,6 +47,7 @@ class OnlineAgent:
     Raises:
       NotImplementedError: if a space is not supported.
       ValueError: if update period and environments do not divide one another, or the state does not fit.
+      MemoryError: if the replay is larger than the device's memory; nothing has been allocated then.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class OnlineAgent:
         self._cadence = agent.cadence(num_envs)
         self._example = spaces.example(observation_space, num_envs)
         fresh = jax.eval_shape(agent.init, jax.random.key(seed), self._example)
+        footprint.require_room(fresh)
         self._noise = Ahead(lambda state, counter: agent.noise(state, counter, num_envs), fresh)
         self._draws = Ahead(agent.draw, fresh, self._cadence.updates)
         self._metrics = tuple(jax.eval_shape(agent.update, fresh, self._draws.row)[1])
@@ -224,7 +226,7 @@ class OnlineAgent:
         recent = jax.device_get(list(self._recent)) or [dict.fromkeys(self._metrics, math.nan)]
         averages = {f"average_{name}": float(np.mean([metrics[name] for metrics in recent])) for name in self._metrics}
         counts = {"t": self._step, "episodes": self._episodes, "n_updates": self._cell[UPDATES]}
-        return {**counts, "replay_size": int(np.array(self._part(MEMORY).size)) * self.num_envs, **averages}
+        return {**counts, "replay_size": int(np.array(self._part(MEMORY).size)), **averages}
 
     @property
     def agent(self) -> Agent:

@@ -3,19 +3,24 @@
 import dataclasses
 import difflib
 import math
+import typing
 from collections.abc import Callable
 from typing import Any, Literal
 
 import gymnasium
 import jax
+import numpy as np
 import optax
 
 from dqn_jax import networks, spaces
 from dqn_jax.agent import assemble
 from dqn_jax.algorithms.dqn import dqn as dqn_algorithm
-from dqn_jax.memory import ring
+from dqn_jax.memory.frames import frames, require_stack
+from dqn_jax.memory.prioritized import prioritized
+from dqn_jax.memory.ring import ring
+from dqn_jax.memory.uniform import uniform
 from dqn_jax.online import OnlineAgent
-from dqn_jax.types import Agent, AgentState, Env, Masked
+from dqn_jax.types import Agent, AgentState, Env, Masked, Storage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +31,11 @@ class DQNOptions:
     """Discount factor per environment step, in [0, 1]."""
     learning_rate: float = 7e-4
     """Step size of Adam; unused where an optimizer is given."""
-    hidden: tuple[int, ...] = (64, 64)
-    """Widths of the MLP's hidden layers; unused where a network is given."""
+    encoder: Literal["auto", "flat", "nature", "minatar"] = "auto"
+    """What the network sees first: the observation as one vector, or the convolutions of Mnih et al. (2015) or of MinAtar. "auto" takes
+    convolutions for images (uint8 or bool with two or three axes), by their size; unused where a network is given."""
+    hidden: tuple[int, ...] | None = None
+    """Widths of the hidden layers; by default (64, 64), behind Nature's convolutions (512,), behind MinAtar's (128,)."""
     loss: Literal["huber", "mse"] = "mse"
     """Loss of the TD error."""
     double: bool = True
@@ -37,7 +45,17 @@ class DQNOptions:
     batch_size: int = 128
     """Transitions in a batch."""
     capacity: int = 50_000
-    """Transitions that the replay keeps."""
+    """Transitions that the replay keeps; where frames are stored once, the frames."""
+    frames: Literal["off", "single", "stack_first", "stack_last"] = "off"
+    """Store each frame of an image (uint8 or bool) once, where an observation is a single frame, or a stack of them along its first axis
+    (Gymnasium's FrameStackObservation) or its last. Channels that are no earlier frames are "single". "off" stores observations whole."""
+    prioritized: bool = False
+    """Draw transitions in proportion to their last TD error."""
+    alpha: float = 0.6
+    """How much priorities count: 0 is uniform, 1 in full; unused unless prioritized."""
+    beta: tuple[float, float, int] | float = (0.4, 1.0, 100_000)
+    """How far importance weights make up for prioritization: start, end and the transitions between (linear); or a constant; in Python
+    also an optax schedule. Unused unless prioritized."""
     replay_start_size: int = 1_000
     """Transitions stored before the first update."""
     update_interval: int = 1
@@ -73,9 +91,45 @@ PRESETS: dict[str, dict[str, Any]] = {
         "double": False,
         "max_grad_norm": None,
     },
+    "mountaincar": {
+        "hidden": (256, 256),
+        "learning_rate": 1e-3,
+        "gamma": 0.99,
+        "n_steps": 10,
+        "update_interval": 4,
+        "epsilon": (1.0, 0.05, 20_000),
+    },
+    "minatar": {
+        "learning_rate": 2.5e-4,
+        "gamma": 0.99,
+        "n_steps": 3,
+        "batch_size": 32,
+        "capacity": 100_000,
+        "frames": "single",
+        "replay_start_size": 5_000,
+        "update_interval": 4,
+        "target_update_interval": 1_000,
+        "epsilon": (1.0, 0.1, 100_000),
+        "loss": "huber",
+    },
+    "lunarlander": {
+        "hidden": (256, 256),
+        "learning_rate": 5e-4,
+        "gamma": 0.99,
+        "n_steps": 3,
+        "capacity": 100_000,
+        "update_interval": 2,
+        "epsilon": (1.0, 0.05, 15_000),
+    },
 }
-"""Named sets of options: ``DQN(env, **PRESETS["deck"])``. "deck" is the setting of the slide deck that this package starts from."""
+"""Named sets of options: ``DQN(env, **PRESETS["deck"])``. "deck" is the setting of the slide deck that this package starts from; the
+others are named after what they were chosen on."""
 
+
+STACK_AXIS = {"stack_first": 0, "stack_last": -1}
+"""Along which axis of an observation frames are stacked, by the option ``frames``."""
+
+NATURE_SIDE = 36  # Pixels: the smallest image that Nature's three convolutions leave something of.
 
 ELSEWHERE = {
     "lr": "learning_rate",
@@ -91,6 +145,9 @@ ELSEWHERE = {
     "net_arch": "hidden",
 }
 """What SB3, PFRL and CleanRL call the options: for the hint when somebody uses those names."""
+
+
+_CHOICES = {field.name: typing.get_args(field.type) for field in dataclasses.fields(DQNOptions) if typing.get_origin(field.type) is Literal}
 
 
 def dqn(env_or_spaces: Any, *, network: Any = None, optimizer: optax.GradientTransformation | None = None, **options: Any) -> Agent:
@@ -125,9 +182,7 @@ def dqn(env_or_spaces: Any, *, network: Any = None, optimizer: optax.GradientTra
         if given is not None and not all(hasattr(given, function) for function in functions):
             raise TypeError(f"{name} must have the functions {' and '.join(functions)}, got {given!r}")
     if network is None:
-        if not o.hidden:
-            raise ValueError("hidden is empty: give at least one width, or a network")
-        network = networks.QNetwork(num_actions, tuple(o.hidden), spaces.features(observation_space))
+        network = _network(o, observation_space, num_actions)
     if optimizer is None:
         # Flattened: one array for all parameters. Each array that enters or leaves a small program costs more than its arithmetic.
         clip = optax.identity() if o.max_grad_norm is None else optax.clip_by_global_norm(o.max_grad_norm)
@@ -146,7 +201,10 @@ def dqn(env_or_spaces: Any, *, network: Any = None, optimizer: optax.GradientTra
         target_update_interval=target_update_interval,
         tau=tau,
     )
-    memory = ring.uniform(o.capacity, o.batch_size, n_steps=o.n_steps)
+    storage = _storage(o, observation_space)
+    memory = uniform(storage, o.batch_size)
+    if o.prioritized:
+        memory = prioritized(storage, o.batch_size, alpha=o.alpha, beta=_schedule(o.beta))
     return assemble(
         algorithm, memory, discount=o.gamma, warmup=o.replay_start_size, period=o.update_interval, updates=o.updates_per_interval
     )
@@ -168,6 +226,7 @@ class DQN(OnlineAgent):
       TypeError: on an unknown option (the nearest known one is named) or one of a wrong type.
       ValueError: on an option out of range, a space that DQN cannot serve, or a vector environment with the wrong auto-reset.
       NotImplementedError: on a space that is not supported.
+      MemoryError: if the replay is larger than the device's memory; nothing has been allocated then.
     """
 
     def __init__(
@@ -189,7 +248,9 @@ class DQN(OnlineAgent):
         _require_int("num_envs", num_envs, 1)
         _require_int("seed", seed, -(2**63))
         agent = dqn((observation_space, action_space), network=network, optimizer=optimizer, **options)
-        self._epsilon = epsilon_schedule(dqn_options(**options))
+        checked = dqn_options(**options)
+        self._epsilon = epsilon_schedule(checked)
+        self._stack_axis = STACK_AXIS.get(checked.frames)
         super().__init__(agent, observation_space, action_space, num_envs=num_envs, seed=seed, state=state)
 
     @classmethod
@@ -210,6 +271,12 @@ class DQN(OnlineAgent):
     def get_statistics(self) -> dict[str, float]:
         """As ``OnlineAgent.get_statistics``, and ``epsilon`` of the next decision."""
         return {**super().get_statistics(), "epsilon": float(self._epsilon(self._step))}
+
+    def _take_in(self, outcome: np.ndarray, successor: Any) -> None:
+        """As in ``OnlineAgent``. Only here can a stack that is none be refused: the replay would put together what was never seen."""
+        if self._stack_axis is not None and self._pending is not None:
+            require_stack(self._pending[0], successor, self._stack_axis)
+        super()._take_in(outcome, successor)
 
 
 def dqn_options(**options: Any) -> DQNOptions:
@@ -239,38 +306,78 @@ def dqn_options(**options: Any) -> DQNOptions:
         _require_int(name, getattr(o, name), low)
     if o.target_update_interval is not None:
         _require_int("target_update_interval", o.target_update_interval, 1)
-    if not isinstance(o.hidden, tuple | list):
-        raise TypeError(f"hidden must be a tuple of widths, got {o.hidden!r}")
-    for width in o.hidden:
-        _require_int("a width in hidden", width, 1)
-    if not isinstance(o.double, bool):
-        raise TypeError(f"double must be True or False, got {o.double!r}")
-    if o.loss not in ("huber", "mse"):
-        raise ValueError(f"loss must be 'huber' or 'mse', got {o.loss!r}")
+    if o.hidden is not None:
+        if not isinstance(o.hidden, tuple | list):
+            raise TypeError(f"hidden must be a tuple of widths, got {o.hidden!r}")
+        if not o.hidden:
+            raise ValueError("hidden is empty: give at least one width, or a network")
+        for width in o.hidden:
+            _require_int("a width in hidden", width, 1)
     if o.replay_start_size > o.capacity:
         raise ValueError(f"replay_start_size {o.replay_start_size} exceeds capacity {o.capacity}: the replay would never hold so many")
     if o.batch_size > o.capacity:
         raise ValueError(f"batch_size {o.batch_size} exceeds capacity {o.capacity}: raise capacity or lower batch_size")
-    if isinstance(o.epsilon, tuple | list):
-        if len(o.epsilon) != 3:
-            raise ValueError(f"epsilon must be (start, end, decay steps), a number or a schedule, got {o.epsilon!r}")
-        _require_number("epsilon's start", o.epsilon[0], 0, 1)
-        _require_number("epsilon's end", o.epsilon[1], 0, 1)
-        _require_int("epsilon's decay steps", o.epsilon[2], 0)
-    elif not callable(o.epsilon):
-        _require_number("epsilon", o.epsilon, 0, 1)
+    if o.n_steps > o.capacity:
+        raise ValueError(f"n_steps {o.n_steps} exceeds capacity {o.capacity}: raise capacity or lower n_steps")
+    if o.replay_start_size < o.batch_size:
+        raise ValueError(
+            f"batch_size {o.batch_size} exceeds replay_start_size {o.replay_start_size}: the first batch would hold more transitions than "
+            "are stored; raise replay_start_size or lower batch_size"
+        )
+    for name in ("prioritized", "double"):
+        if not isinstance(getattr(o, name), bool):
+            raise TypeError(f"{name} must be True or False, got {getattr(o, name)!r}")
+    for name, choices in _CHOICES.items():
+        if getattr(o, name) not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {getattr(o, name)!r}")
+    _require_number("alpha", o.alpha, 0, 1)
+    _require_schedule("beta", o.beta)
+    _require_schedule("epsilon", o.epsilon)
     return o
 
 
 def epsilon_schedule(options: DQNOptions) -> Callable[[Any], Any]:
     """The chance of a random action as a function of the transitions stored."""
-    epsilon = options.epsilon
-    if callable(epsilon):
-        return epsilon
-    if isinstance(epsilon, tuple | list):
-        start, end, decay_steps = epsilon
-        return optax.linear_schedule(start, end, decay_steps) if decay_steps else optax.constant_schedule(end)
-    return optax.constant_schedule(epsilon)
+    return _schedule(options.epsilon)
+
+
+def _schedule(value: Any) -> Callable[[Any], Any]:
+    """A function of the transitions stored: from (start, end, steps between), a number, or a schedule."""
+    if callable(value):
+        return value
+    if isinstance(value, tuple | list):
+        start, end, steps = value
+        return optax.linear_schedule(start, end, steps) if steps else optax.constant_schedule(end)
+    return optax.constant_schedule(value)
+
+
+def _network(options: DQNOptions, observation_space: gymnasium.Space, num_actions: int) -> networks.QNetwork | networks.ConvQNetwork:
+    encoder, hidden = options.encoder, options.hidden
+    space = observation_space
+    if isinstance(space, gymnasium.spaces.Dict) and spaces.is_masked(space):
+        space = space["observation"]
+    shape = space.shape or ()
+    if encoder == "auto":
+        sides = sorted(shape)[-2:] if spaces.is_image(space) else [0]
+        encoder = "nature" if min(sides) >= NATURE_SIDE else "minatar" if min(sides) >= 3 else "flat"
+    if encoder == "flat":
+        return networks.QNetwork(num_actions, tuple(hidden or (64, 64)), spaces.features(observation_space))
+    # Channels are the short axis, unless the option says where the frames are.
+    channels_first = {"stack_first": True, "stack_last": False}.get(options.frames, len(shape) == 3 and shape[0] < shape[2])
+    convolutions, default = (networks.NATURE, (512,)) if encoder == "nature" else (networks.MINATAR, (128,))
+    return networks.ConvQNetwork(num_actions, convolutions, tuple(hidden or default), spaces.image(space, channels_first))
+
+
+def _storage(options: DQNOptions, observation_space: gymnasium.Space) -> Storage:
+    if options.frames == "off":
+        return ring(options.capacity, n_steps=options.n_steps)
+    axis = STACK_AXIS.get(options.frames)
+    shape = observation_space.shape or ()
+    if not shape or observation_space.dtype not in (np.uint8, np.bool_):
+        raise TypeError(f"frames={options.frames!r} stores images of uint8 or bool, the observation space is {observation_space}")
+    if axis is None:
+        return frames(options.capacity, n_steps=options.n_steps)
+    return frames(options.capacity, stack=shape[axis], stack_axis=axis, n_steps=options.n_steps)
 
 
 def read_spaces(env_or_spaces: Any) -> tuple[gymnasium.Space, gymnasium.Space, int | None]:
@@ -303,6 +410,17 @@ def _require_number(name: str, value: Any, low: float, high: float, open_low: bo
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not (low < value if open_low else low <= value) or not value <= high or math.isinf(value):
         raise ValueError(f"{name} must be in {'(' if open_low else '['}{low}, {high}], got {value}")
+
+
+def _require_schedule(name: str, value: Any) -> None:
+    if isinstance(value, tuple | list):
+        if len(value) != 3:
+            raise ValueError(f"{name} must be (start, end, steps between), a number or a schedule, got {value!r}")
+        _require_number(f"{name}'s start", value[0], 0, 1)
+        _require_number(f"{name}'s end", value[1], 0, 1)
+        _require_int(f"{name}'s steps", value[2], 0)
+    elif not callable(value):
+        _require_number(name, value, 0, 1)
 
 
 def _require_int(name: str, value: Any, low: int) -> None:

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dqn_jax import checkpoint, envs, spaces, training
-from dqn_jax.presets import DQN, dqn, dqn_options, epsilon_schedule
+from dqn_jax import checkpoint, envs, footprint, spaces, training
+from dqn_jax.presets import DQN, dqn, dqn_options, epsilon_schedule, read_spaces
 from dqn_jax.types import Agent
 
 CHUNKS = 100  # Points of the learning curve; progress is shown and an interrupt is heeded between them.
@@ -54,6 +54,9 @@ class HostRuns:
         self.task = task
         self.steps = 0
         self._envs = [self._make() for _ in range(task.seeds)]
+        one = dqn(self._envs[0], **task.options)
+        example = spaces.example(read_spaces(self._envs[0])[0], task.num_envs)
+        footprint.require_room(jax.eval_shape(one.init, jax.random.key(0), example), task.seeds)
         self._agents = [DQN(env, seed=task.seed + i, **task.options) for i, env in enumerate(self._envs)]
         self._begin()
         self._eval_env = gymnasium.make(task.env, **task.env_args)
@@ -143,6 +146,7 @@ class CompiledRuns:
         play = training.evaluate(self.agent, self._env, num_episodes=self.task.eval_episodes, max_steps=self._env.time_limit or 10_000)
         init, advance = jax.jit(jax.vmap(self._training.init)), jax.jit(jax.vmap(self._training.advance), donate_argnums=0)
         shape = jax.eval_shape(init, self._keys)
+        footprint.require_room(shape)
         self._init = init.lower(self._keys).compile()
         self._advance = advance.lower(shape).compile()
         self._evaluate = jax.jit(jax.vmap(play)).lower(shape.agent, self._eval_keys).compile()

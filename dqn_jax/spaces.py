@@ -100,8 +100,48 @@ def features(space: spaces.Space) -> Callable[[chex.ArrayTree], chex.Array]:
             return jnp.concatenate([jax.nn.one_hot(c - low, n) for c, low, n in zip(columns, starts, sizes, strict=True)], axis=-1)
 
         return one_hots
-    scale = 255.0 if space.dtype == np.uint8 and len(_shape(space)) > 1 else 1.0
+    scale = _scale(space)
     return lambda x: x.reshape(x.shape[0], -1).astype(jnp.float32) / scale
+
+
+def _scale(space: spaces.Space) -> float:
+    return 255.0 if space.dtype == np.uint8 and len(_shape(space)) > 1 else 1.0  # A vector of bytes is no image.
+
+
+def is_image(space: spaces.Space) -> bool:
+    """Whether observations look like images: a Box of uint8 or bool with two or three axes, with or without an action mask."""
+    if is_masked(space):
+        assert isinstance(space, spaces.Dict)
+        return is_image(space["observation"])
+    return isinstance(space, spaces.Box) and space.dtype in (np.uint8, np.bool_) and len(space.shape) in (2, 3)
+
+
+def image(space: spaces.Space, channels_first: bool = False) -> Callable[[chex.Array], chex.Array]:
+    """How a convolutional network reads observations of this space: from a batch ``[B, ...]`` to ``[B, H, W, C]`` of float32.
+
+    uint8 is divided by 255, booleans become 0 and 1, and what has two axes gets a channel.
+
+    Args:
+      space: of one environment, with two or three axes; a Dict with an action mask counts by its observation.
+      channels_first: whether three axes are ``[C, H, W]``, as a stack of frames has them, not ``[H, W, C]``.
+
+    Raises:
+      ValueError: if the space has not two or three axes.
+    """
+    if is_masked(space):
+        assert isinstance(space, spaces.Dict)
+        return image(space["observation"], channels_first)
+    if len(_shape(space)) not in (2, 3):
+        raise ValueError(f"an image has two or three axes, got {space}: use spaces.features and a network of vectors")
+    scale, flat = _scale(space), len(_shape(space)) == 2
+
+    def read(x: chex.Array) -> chex.Array:
+        x = x.astype(jnp.float32) / scale
+        if flat:
+            return x[..., None]
+        return jnp.moveaxis(x, 1, -1) if channels_first else x
+
+    return read
 
 
 def observation_check(space: spaces.Space, num_envs: int | None) -> Check:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dqn_jax import checkpoint
+from dqn_jax import checkpoint, footprint
 from dqn_jax.types import Agent, AgentState, Env, RunState, Transition
 
 CYCLES_PER_BLOCK = 64
@@ -136,6 +136,7 @@ def train(agent: Agent, env: Env, *, num_steps: int, num_envs: int = 1, history_
     Raises:
       TypeError: if ``env`` is not a JAX environment.
       ValueError: if a number is below one, or environments and update period do not divide one another.
+      MemoryError: if one agent's replay is larger than the device's memory.
     """
     if not isinstance(env, Env):
         raise TypeError(
@@ -243,6 +244,7 @@ def train(agent: Agent, env: Env, *, num_steps: int, num_envs: int = 1, history_
     def run(key: chex.PRNGKey) -> Result:
         return Result(*jax.lax.scan(lambda run, _: advance(run), init(key), None, length=num_points))
 
+    footprint.require_room(jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0))))
     num_steps = (cadence.prefill + num_points * blocks_per_point * cycles_per_block * cadence.rows) * num_envs
     return Training(init, resume, advance, run, num_points, num_steps)
 

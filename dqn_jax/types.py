@@ -115,16 +115,41 @@ class Algorithm(NamedTuple):
     learn: Callable[..., tuple[Any, Feedback]]
 
 
+class Storage(NamedTuple):
+    """Where a memory keeps its transitions, and how it finds them again. Which are drawn is the memory's business.
+
+    A slot is the number of a place for one transition, from 0 to ``capacity - 1``.
+
+    Attributes:
+      capacity: the number of slots, an int.
+      init: ``(transition[N]) -> state``: allocates for rows of that shape. The state has a field ``size``, the transitions that can be
+        drawn, int32.
+      add: ``(state, transition[N]) -> (state, filled[N], emptied[M])``: one row; the slots that it went into, and those whose
+        transitions it has made unusable, -1 standing for none.
+      cut: ``(state, mask[N]) -> state``: marks the newest row of these environments as ``last`` (not terminated).
+      slot: ``(state, number[B]) -> slot[B]`` of the transitions that can be drawn, numbered from 0 to ``size - 1``.
+      window: ``(state, slot[B]) -> Transition`` of the n-step windows that begin there, as in a ``Batch``.
+    """
+
+    capacity: int
+    init: Callable[..., Any]
+    add: Callable[..., tuple[Any, chex.Array, chex.Array]]
+    cut: Callable[..., Any]
+    slot: Callable[..., chex.Array]
+    window: Callable[..., Transition]
+
+
 class Memory(NamedTuple):
     """The data.
 
     Attributes:
-      init: ``(transition[N]) -> state``: allocates for rows of that shape. The state has a field ``size``, the rows filled so far.
+      init: ``(transition[N]) -> state``: allocates for rows of that shape. The state has a field ``size``, the transitions that can be
+        drawn, int32.
       add: ``(state, transition[N]) -> state``: one row.
       cut: ``(state, mask[N]) -> state``: marks the newest row of these environments as ``last`` (not terminated).
       noise: ``(key) -> noise``: all that one sample draws; it may not depend on the state, so that a loop can draw ahead.
       sample: ``(state, noise) -> Batch``.
-      reweigh: ``(state, index, priority) -> state``.
+      reweigh: ``(state, index, priority) -> state``, of a batch since whose sampling nothing was added.
       demand: fresh rows needed before each sample, or None when any mixture will do.
     """
 

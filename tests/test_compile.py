@@ -1,6 +1,5 @@
 """What is compiled, how often, and that no program copies the replay: read off the optimised programs, at full size, allocating nothing."""
 
-import functools
 import logging
 import math
 import re
@@ -12,11 +11,13 @@ import numpy as np
 import pytest
 
 from dqn_jax import DQN, digest, dqn, envs, online, train
+from dqn_jax.memory.prioritized import Prioritized
 from dqn_jax.programs import Packing, Parts, Staging, compile_programs
 
 OBSERVATION_SPACE = gymnasium.spaces.Box(-np.inf, np.inf, (8,))
 ACTION_SPACE = gymnasium.spaces.Discrete(4)
 SPACES = OBSERVATION_SPACE, ACTION_SPACE
+IMAGE_SPACE = gymnasium.spaces.Box(0, 255, (2, 8, 8), np.uint8)  # Two frames of 8 x 8.
 SMALL = {"hidden": (8,), "batch_size": 4, "replay_start_size": 4, "update_interval": 2}
 
 
@@ -183,15 +184,15 @@ def moves(compiled, at_least):
     return found
 
 
-def assert_in_place(program, *args, memory, donated=True):
-    """``program`` is jitted, ``args`` are shapes, ``memory`` the shapes of one replay."""
+def assert_in_place(program, *args, memory, donated=True, made=0):
+    """``program`` is jitted, ``args`` are shapes, ``memory`` the shapes of one replay; ``made`` are bytes that it makes once, beside."""
     compiled = program.lower(*args).compile()
     replay = num_bytes(memory)
     assert replay > 50 * CAPACITY  # the shapes are those of the full size
     found = moves(compiled, CAPACITY // 2)  # half the smallest array in the replay: ``last``, one byte a transition
     assert not found, "\n".join(found)
     analysis = compiled.memory_analysis()
-    assert analysis.temp_size_in_bytes < CAPACITY // 2
+    assert analysis.temp_size_in_bytes < CAPACITY // 2 + made
     if donated:
         assert analysis.alias_size_in_bytes >= replay, "the replay is not donated"
 
@@ -200,9 +201,20 @@ def stacked(tree, num):
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((num, *leaf.shape), leaf.dtype), tree)
 
 
-@functools.cache
+MEMORIES = {
+    "uniform": {},
+    "prioritized": {"prioritized": True},
+    "frames": {"frames": "stack_first"},
+    "prioritized frames": {"prioritized": True, "frames": "stack_first"},
+}
+
+
+def space_of(options):
+    return IMAGE_SPACE if "frames" in options else OBSERVATION_SPACE
+
+
 def big_agent(**options):
-    return dqn(SPACES, capacity=CAPACITY, **{**SMALL, **options})
+    return dqn((space_of(options), ACTION_SPACE), capacity=CAPACITY, **{**SMALL, **options})
 
 
 KEY = jax.eval_shape(lambda: jax.random.key(0))
@@ -211,20 +223,21 @@ KEY = jax.eval_shape(lambda: jax.random.key(0))
 class Shapes:
     """The arguments of the host driver's programs, as shapes."""
 
-    def __init__(self, agent, num_envs):
-        observation = jnp.zeros((num_envs, 8))
+    def __init__(self, num_envs, **options):
+        agent, space = big_agent(**options), space_of(options)
+        observation = jnp.zeros((num_envs, *space.shape), space.dtype)
         state = jax.eval_shape(agent.init, KEY, observation)
         noise = jax.eval_shape(lambda s: agent.noise(s, 0, num_envs), state)
         draws = jax.eval_shape(lambda s: agent.draw(s, 0), state)
         decision = jax.eval_shape(lambda s: agent.explore(s, observation, agent.noise(s, 0, num_envs))[1], state)
         cadence = agent.cadence(num_envs)
-        staging = Staging(np.zeros((num_envs, 8), np.float32), jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), decision), cadence.rows)
+        staging = Staging(np.asarray(observation), jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), decision), cadence.rows)
         parts = Parts(*map(Packing, (state.learner, state.memory, noise, draws)))
         programs = compile_programs(agent, num_envs, parts, staging)
         learner, memory = parts.learner.pack(state.learner), parts.memory.pack(state.memory)
         drawn = jax.eval_shape(parts.draws.pack, stacked(draws, cadence.updates))
         counts = jax.ShapeDtypeStruct((4,), jnp.int32)
-        self.ring, self.memory = state.memory, memory
+        self.state, self.memory = state.memory, memory
         self.calls = {
             "store": (programs.store, (memory, staging.arrays, counts)),
             "cut": (programs.cut, (memory, counts)),
@@ -233,44 +246,55 @@ class Shapes:
 
 
 @pytest.mark.parametrize("name", ["store", "cut", "learn"])
-@pytest.mark.parametrize(("num_envs", "n_steps", "interval"), [(1, 1, 2), (1, 2, 1), (4, 3, 2), (4, 3, 8)])
-def test_the_host_driver_copies_no_replay(name, num_envs, n_steps, interval):
-    shapes = Shapes(big_agent(n_steps=n_steps, update_interval=interval), num_envs)
+@pytest.mark.parametrize(
+    ("memory", "num_envs", "n_steps", "interval"),
+    [
+        ("uniform", 1, 1, 2),
+        ("uniform", 4, 3, 2),
+        *((memory, *case) for memory in MEMORIES for case in ((1, 2, 1), (4, 3, 8))),
+    ],
+)
+def test_the_host_driver_copies_no_replay(name, memory, num_envs, n_steps, interval):
+    shapes = Shapes(num_envs, n_steps=n_steps, update_interval=interval, **MEMORIES[memory])
     program, args = shapes.calls[name]
     assert_in_place(program, *args, memory=shapes.memory)
 
 
-def drift():
-    """An environment of the full observation shape."""
+def drift(space):
+    """An environment whose next observation depends on the action."""
+
+    def observe(state):
+        return state.astype(space.dtype) if space is OBSERVATION_SPACE else jnp.broadcast_to(state, (2, 8, 8)).astype(space.dtype)
 
     def reset(key):
         state = jax.random.normal(key, (8,))
-        return state, state
+        return state, observe(state)
 
     def step(key, state, action):
         state = state + 0.1 * jax.random.normal(key, (8,)) + action
-        return state, state, jnp.sum(state), state[0] > 3, jnp.zeros((), bool)
+        return state, observe(state), jnp.sum(state), state[0] > 3, jnp.zeros((), bool)
 
-    return envs.with_auto_reset(reset, step, OBSERVATION_SPACE, ACTION_SPACE, 20)
+    return envs.with_auto_reset(reset, step, space, ACTION_SPACE, 20)
 
 
-@functools.cache
 def big_training(num_envs=1, **options):
-    return train(big_agent(**options), drift(), num_steps=2_000, num_envs=num_envs, history_length=2)
+    return train(big_agent(**options), drift(space_of(options)), num_steps=2_000, num_envs=num_envs, history_length=2)
 
 
 KEYS = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), SEEDS))
 
 
+@pytest.mark.parametrize("memory", MEMORIES)
 @pytest.mark.parametrize("num_envs", [1, 4])
-def test_advance_copies_no_replay(num_envs):
-    training = big_training(num_envs)
+def test_advance_copies_no_replay(num_envs, memory):
+    training = big_training(num_envs, **MEMORIES[memory])
     run = jax.eval_shape(training.init, KEY)
     assert_in_place(jax.jit(training.advance, donate_argnums=0), run, memory=run.agent.memory)
 
 
-def test_advance_of_several_seeds_copies_no_replay():
-    training = big_training()
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_advance_of_several_seeds_copies_no_replay(memory):
+    training = big_training(**MEMORIES[memory])
     runs = jax.eval_shape(jax.vmap(training.init), KEYS)
     program = jax.jit(jax.vmap(training.advance), donate_argnums=0)
     # Measured against a single seed: a program must not copy one seed after the other either.
@@ -279,11 +303,14 @@ def test_advance_of_several_seeds_copies_no_replay():
     assert program.lower(runs).compile().memory_analysis().alias_size_in_bytes >= SEEDS * num_bytes(one)
 
 
-@pytest.mark.parametrize("interval", [1, 2])  # With 1 a cycle has a single row, and its loop must not be inlined.
-def test_run_of_several_seeds_copies_no_replay(interval):
-    training = big_training(update_interval=interval)
+# With an interval of 1 a cycle has a single row, and its loop must not be inlined.
+@pytest.mark.parametrize(("interval", "memory"), [(2, "uniform"), *((1, memory) for memory in MEMORIES)])
+def test_run_of_several_seeds_copies_no_replay(interval, memory):
+    training = big_training(update_interval=interval, **MEMORIES[memory])
     memory = jax.eval_shape(training.init, KEY).agent.memory
-    assert_in_place(jax.jit(jax.vmap(training.run)), KEYS, memory=memory, donated=False)
+    # Until the first update all seeds have the same priorities, and one tree.
+    tree = num_bytes(memory.tree) if isinstance(memory, Prioritized) else 0
+    assert_in_place(jax.jit(jax.vmap(training.run)), KEYS, memory=memory, donated=False, made=tree)
 
 
 def test_resume_copies_no_replay_that_is_donated():
@@ -297,9 +324,9 @@ def test_resume_copies_no_replay_that_is_donated():
 
 @pytest.fixture(scope="module")
 def memory_and_row():
-    shapes = Shapes(big_agent(), 1)
-    row = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), shapes.ring.rows)
-    return shapes.ring, row
+    ring = Shapes(1).state
+    row = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), ring.rows)
+    return ring, row
 
 
 def added(memory, row):

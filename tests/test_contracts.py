@@ -16,7 +16,10 @@ from flax import nnx
 from dqn_jax import envs, networks
 from dqn_jax.agent import assemble
 from dqn_jax.algorithms.dqn import dqn
-from dqn_jax.memory import ring
+from dqn_jax.memory.frames import frames
+from dqn_jax.memory.prioritized import Prioritized, prioritized
+from dqn_jax.memory.ring import ring
+from dqn_jax.memory.uniform import uniform
 from dqn_jax.online import OnlineAgent
 from dqn_jax.training import train
 from dqn_jax.types import Batch, Cadence, Masked, Transition
@@ -44,16 +47,22 @@ def masked(num_rows, seed=0):
     return Masked(vectors(num_rows, seed), mask)
 
 
+def images(num_rows, seed=0):
+    """Stacks of two images of 3 x 2, channels last: each observation is the one before it with a new image appended."""
+    stream = np.random.default_rng(seed).integers(256, size=(num_rows + 1, N, 3, 2)).astype(np.uint8)
+    return np.stack([stream[:-1], stream[1:]], axis=-1)
+
+
 def dicts(num_rows, seed=0):
     image = np.random.default_rng(seed + 1).integers(256, size=(num_rows, N, 2, 2)).astype(np.uint8)
     return {"image": image, "speed": vectors(num_rows, seed)}
 
 
 class Case(NamedTuple):
-    """A row of the table: options of the algorithm and of the memory, the observations, the network and the optimizer."""
+    """A row of the table: options of the algorithm, the memory, the observations, the network and the optimizer."""
 
     algorithm: Any = types.MappingProxyType({})
-    memory: Any = types.MappingProxyType({})
+    memory: Any = uniform(ring(16), B)
     observations: Any = vectors
     network: Any = networks.QNetwork(A, (8,))
     optimizer: Any = optax.adam
@@ -61,7 +70,7 @@ class Case(NamedTuple):
     def agent(self, *, learning_rate, discount, tau, epsilon):
         options = {"target_update_interval": 4, **self.algorithm}
         algorithm = dqn(self.network, self.optimizer(learning_rate), epsilon=epsilon, tau=tau, **options)
-        return assemble(algorithm, ring.uniform(**{"capacity": 16, "batch_size": B, **self.memory}), discount=discount)
+        return assemble(algorithm, self.memory, discount=discount)
 
 
 def scheduled(learning_rate):
@@ -72,9 +81,15 @@ CASES = {
     "double huber": Case(),
     "single mse, refresh after every update": Case({"double": False, "loss": "mse", "target_update_interval": 1}),
     # Odd, so that one place is rounded away, and small, so that it wraps while the tests play.
-    "n steps in a small ring": Case(memory={"capacity": 9, "n_steps": 3}),
+    "n steps in a small ring": Case(memory=uniform(ring(9, n_steps=3), B)),
     "masked": Case(observations=masked),
     "dict, scheduled optimizer": Case(observations=dicts, optimizer=scheduled),
+    "prioritized": Case(memory=prioritized(ring(16), B)),
+    "prioritized n steps in a small ring": Case(
+        memory=prioritized(ring(9, n_steps=3), B, alpha=optax.linear_schedule(0.5, 1.0, 20), beta=optax.linear_schedule(0.4, 1.0, 20))
+    ),
+    "frames": Case(memory=uniform(frames(16, stack=2, stack_axis=-1), B), observations=images),
+    "prioritized frames, n steps": Case(memory=prioritized(frames(40, stack=2, stack_axis=-1, n_steps=3), B), observations=images),
     "nnx, flattened optimizer": Case(
         network=networks.from_nnx(lambda rngs: Linear(rngs)), optimizer=lambda rate: optax.flatten(optax.sgd(rate, momentum=0.9))
     ),
@@ -149,8 +164,8 @@ def test_types_are_kept(subject):
     exploited = jax.eval_shape(agent.exploit, state.learner, observation)
     assert (exploited.shape, exploited.dtype) == ((N,), jnp.int32)
     assert {metric.shape for metric in metrics.values()} == {()}
-    stored = state.memory.rows.observation
-    chex.assert_trees_all_equal_dtypes(stored, observation)
+    batch = jax.eval_shape(lambda state: subject.case.memory.sample(state.memory, agent.draw(state, 0)[0]), state)
+    chex.assert_trees_all_equal_dtypes(batch.transition.observation, batch.transition.next_observation, observation)
 
 
 def test_functions_are_pure(subject):
@@ -206,6 +221,9 @@ def test_an_update_changes_the_learner_and_only_it(subject):
     after, metrics = agent.update(state, agent.draw(state, state.updates))
     moved = jax.tree.map(lambda new, old: bool((new != old).any()), after.learner.params, state.learner.params)
     assert any(jax.tree.leaves(moved))
+    if isinstance(state.memory, Prioritized):  # Priorities are the one thing in a memory that an update changes.
+        assert (after.memory.tree != state.memory.tree).any()
+        after = after._replace(memory=after.memory._replace(tree=state.memory.tree, largest=state.memory.largest))
     chex.assert_trees_all_equal(after.memory, state.memory)
     assert all(np.isfinite(value) for value in metrics.values())
 
@@ -373,7 +391,7 @@ def test_the_factory_checks_what_is_static(options):
 
 
 def with_schedule(demand=None, **schedule):
-    memory = ring.uniform(16, B)._replace(demand=demand)
+    memory = uniform(ring(16), B)._replace(demand=demand)
     return assemble(dqn(networks.QNetwork(A), optax.sgd(1.0), epsilon=0.1), memory, discount=0.9, **schedule)
 
 

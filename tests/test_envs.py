@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import sys
 
 import gymnasium
 import jax
@@ -11,7 +12,8 @@ import pytest
 from gymnasium.vector import AutoresetMode
 
 import dqn_jax
-from dqn_jax import envs
+from dqn_jax import envs, spaces
+from dqn_jax.types import Masked
 
 CARTPOLE = "phys2d/CartPole-v1"
 
@@ -80,7 +82,7 @@ def test_tabular_envs_train_or_are_refused_in_words(env_id):
 
 def test_ids_that_are_not_jax_envs():
     assert not envs.is_jax_env("CartPole-v1")
-    assert envs.is_jax_env("gymnax/Anything")  # Known by the prefix, without importing gymnax.
+    assert envs.is_jax_env("gymnax/Anything") and envs.is_jax_env("pgx/anything")  # Known by the prefix, without importing either.
     with pytest.raises(ValueError, match=r"CartPole-v1 is not written in JAX: use gymnasium.make"):
         dqn_jax.make("CartPole-v1")
     with pytest.raises(gymnasium.error.NameNotFound):
@@ -250,15 +252,16 @@ def test_evaluate_counts_whole_episodes():
     assert dqn_jax.evaluate(agent, counting(4, 7), num_episodes=2)(state, jax.random.key(1)).tolist() == [4, 4]
 
 
-def test_gymnax_missing_is_said(monkeypatch):
-    import sys
-
-    monkeypatch.setitem(sys.modules, "gymnax", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'dqn_jax\[gymnax\]'"):
-        dqn_jax.make("gymnax/Catch-bsuite")
+@pytest.mark.parametrize("env_id", ["gymnax/Catch-bsuite", "pgx/minatar-breakout"])
+def test_a_missing_library_is_said(env_id, monkeypatch):
+    library = env_id.partition("/")[0]
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ModuleNotFoundError, match=rf"{env_id} needs {library}: pip install 'dqn_jax\[{library}\]'"):
+        dqn_jax.make(env_id)
 
 
 needs_gymnax = pytest.mark.skipif(importlib.util.find_spec("gymnax") is None, reason="needs gymnax")
+needs_pgx = pytest.mark.skipif(importlib.util.find_spec("pgx") is None, reason="needs pgx")
 
 
 @functools.cache
@@ -321,3 +324,136 @@ def test_gymnax_unknown_ids_and_parameters():
         dqn_jax.make("gymnax/NoSuch-v0")
     with pytest.raises(TypeError, match="nonsense"):
         dqn_jax.make("gymnax/CartPole-v1", nonsense=1)
+
+
+ASTERIX = [pytest.param("gymnax/Asterix-MinAtar", marks=needs_gymnax), pytest.param("pgx/minatar-asterix", marks=needs_pgx)]
+BREAKOUT = [pytest.param("gymnax/Breakout-MinAtar", marks=needs_gymnax), pytest.param("pgx/minatar-breakout", marks=needs_pgx)]
+
+
+@functools.cache
+def minatar_env(env_id, **options):
+    pytest.importorskip(env_id.partition("/")[0])
+    return dqn_jax.make(env_id, **options)
+
+
+def play_at_random(env, steps):
+    return rollout(env, steps, lambda observation, key: jax.random.randint(key, (), 0, env.action_space.n))
+
+
+@pytest.mark.parametrize("env_id", BREAKOUT + ASTERIX)
+def test_minatar_is_kept_as_one_byte_a_cell(env_id):
+    env = minatar_env(env_id)
+    assert env.observation_space == gymnasium.spaces.Box(0, 1, (10, 10, 4), np.bool_)
+    assert env.action_space == gymnasium.spaces.Discrete(3 if "reakout" in env_id else 5)
+    assert env.time_limit == (1000 if env_id.startswith("gymnax") else None)
+    assert_fits(env)
+    kept = spaces.example(env.observation_space, 1)[0]
+    assert kept.dtype == np.bool_
+    state, observation = jax.eval_shape(env.reset, jax.random.key(0))
+    step = jax.eval_shape(env.step, jax.random.key(0), state, jnp.int32(0))[1]
+    for seen in (observation, step.observation, step.next_observation):
+        assert (seen.shape, seen.dtype) == (kept.shape, kept.dtype)
+
+
+@pytest.mark.parametrize("env_id", BREAKOUT)
+def test_breakout_ends_with_the_ball_on_the_floor_and_starts_afresh(env_id):
+    _, _, step = play_at_random(minatar_env(env_id), 400)
+    ended = step.terminated
+    assert ended.sum() > 10 and not step.truncated.any()
+    ball, bricks = 1, 3
+    np.testing.assert_array_equal(step.next_observation[:, 9, :, ball].any(axis=-1), ended)
+    fresh = step.observation[ended]
+    assert fresh[:, 3, [0, 9], ball].any(axis=-1).all() and fresh[:, 1:4, :, bricks].all() and fresh[:, 9, 4, 0].all()
+    np.testing.assert_array_equal(step.observation[~ended], step.next_observation[~ended])
+    assert set(step.reward.tolist()) == {0.0, 1.0}
+
+
+@pytest.mark.parametrize("env_id", ASTERIX)
+def test_asterix_ends_beside_an_enemy_and_starts_afresh(env_id):
+    _, _, step = play_at_random(minatar_env(env_id), 2000)
+    ended = step.terminated
+    assert ended.sum() > 10 and not step.truncated.any()
+    player, enemy = step.next_observation[ended][..., 0], step.next_observation[ended][..., 1]
+    row, column = np.argwhere(player)[:, 1:].T
+    # An enemy may move on in the step in which it meets the player, and leave the picture.
+    beside = [enemies[y, max(x - 1, 0) : x + 2].any() for enemies, y, x in zip(enemy, row, column, strict=True)]
+    assert np.mean(beside) > 0.8
+    fresh = step.observation[ended]
+    assert (fresh.sum(axis=(1, 2, 3)) == 1).all() and fresh[:, 5, 5, 0].all()
+    np.testing.assert_array_equal(step.observation[~ended], step.next_observation[~ended])
+
+
+@pytest.mark.parametrize("env_id", ASTERIX)
+def test_minatar_is_truncated_where_it_is_asked_for(env_id):
+    if env_id.startswith("gymnax"):
+        env = dqn_jax.make(env_id, max_steps_in_episode=15)
+    else:
+        pgx = pytest.importorskip("pgx")
+        env = envs.from_pgx(pgx.make(env_id.removeprefix("pgx/")), time_limit=15)
+    assert env.time_limit == 15
+    _, _, step = rollout(env, 60, lambda observation, key: jnp.int32(0))  # Nobody reaches the player as early as that.
+    assert np.flatnonzero(step.truncated).tolist() == [14, 29, 44, 59]
+    assert not step.terminated.any()
+    assert step.next_observation[14, ..., 1:].any() and not step.observation[14, ..., 1:].any()
+
+
+@pytest.mark.parametrize("env_id", BREAKOUT + ASTERIX)
+def test_dqn_trains_on_minatar(env_id):
+    env = minatar_env(env_id)
+    agent = dqn_jax.dqn(env, hidden=(8,), capacity=64, batch_size=4, replay_start_size=40, update_interval=8)
+    result = jax.jit(dqn_jax.train(agent, env, num_envs=2, num_steps=200, history_length=1).run)(jax.random.key(0))
+    assert int(result.state.updates) == 21
+    assert np.isfinite(result.history["loss"]).all()
+    # One byte a cell: less than float32 would take even if the replay kept no successors.
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(result.state.memory)) < 64 * 400 * 4
+
+
+@pytest.mark.parametrize("env_id", BREAKOUT)
+def test_minatar_has_six_actions_if_asked(env_id):
+    assert minatar_env(env_id, use_minimal_action_set=False).action_space == gymnasium.spaces.Discrete(6)
+
+
+@needs_pgx
+@pytest.mark.parametrize(("sticky", "paddle"), [(0.0, [5, 6, 7, 8]), (1.0, [4, 4, 4, 4])])
+def test_pgx_options_reach_the_game(sticky, paddle):
+    env = minatar_env("pgx/minatar-breakout", sticky_action_prob=sticky)
+    _, _, step = rollout(env, 4, lambda observation, key: jnp.int32(2))
+    assert step.next_observation[:, 9, :, 0].argmax(axis=-1).tolist() == paddle
+
+
+@needs_pgx
+def test_pgx_freeway_terminates_after_2501_steps():
+    env = minatar_env("pgx/minatar-freeway")
+    assert env.time_limit is None
+    _, _, step = rollout(env, 2501, lambda observation, key: jnp.int32(1))
+    assert np.flatnonzero(step.terminated).tolist() == [2500]
+    assert not step.truncated.any()
+
+
+@needs_pgx
+def test_pgx_2048_masks_its_actions():
+    env = minatar_env("pgx/2048")
+    observation = env.reset(jax.random.key(0))[1]
+    assert isinstance(observation, Masked)
+    kept = spaces.example(env.observation_space, 1)
+    for seen, wanted in zip(jax.tree.leaves(observation), jax.tree.leaves(kept), strict=True):
+        assert (seen.shape, seen.dtype) == (wanted.shape[1:], wanted.dtype)
+
+    def allowed(observation, key):
+        return jax.random.categorical(key, jnp.where(observation.action_mask, 0.0, -jnp.inf))
+
+    before, action, step = rollout(env, 600, allowed)
+    assert not before.action_mask.all() and before.action_mask[np.arange(600), action].all()
+    assert step.terminated.sum() > 1 and (step.reward >= 0).all()  # A forbidden action would have cost 1.
+
+
+@needs_pgx
+def test_pgx_unknown_ids_and_parameters_and_games_for_several():
+    with pytest.raises(ValueError, match=r"pgx has no minatar-brekout: did you mean pgx/minatar-breakout\?"):
+        dqn_jax.make("pgx/minatar-brekout")
+    with pytest.raises(ValueError, match=r"pgx has no zzz: it has 2048, .*minatar-asterix"):
+        dqn_jax.make("pgx/zzz")
+    with pytest.raises(TypeError, match="minatar-asterix has no parameter nonsense; it has sticky_action_prob, use_minimal_action_set"):
+        dqn_jax.make("pgx/minatar-asterix", nonsense=1)
+    with pytest.raises(NotImplementedError, match="pgx/tic_tac_toe has num_players=2"):
+        dqn_jax.make("pgx/tic_tac_toe")

@@ -8,6 +8,7 @@ from gymnasium import spaces
 
 import dqn_jax
 from dqn_jax import DQN
+from dqn_jax.memory.prioritized import Prioritized
 
 SMALL = {
     "hidden": (8,),
@@ -19,12 +20,14 @@ SMALL = {
     "epsilon": (1.0, 0.1, 500),
 }
 STEPS = {1: 2500, 4: 4000}
-# (environments, options): short episodes of both kinds, n-step windows, several updates a row, wrap-around of the ring.
+# (environments, options): short episodes of both kinds, n-step windows, several updates a row, wrap-around of the replay.
 CASES = {
     "one": (1, {}),
     "four": (4, {}),
-    "one, n-step": (1, {"n_steps": 3, "update_interval": 1, "replay_start_size": 7, "double": False, "loss": "mse"}),
+    "one, n-step": (1, {"n_steps": 3, "update_interval": 1, "replay_start_size": 9, "double": False, "loss": "mse"}),
     "four, several updates": (4, {"n_steps": 2, "update_interval": 2, "updates_per_interval": 2, "tau": 0.05}),
+    "one, prioritized": (1, {"prioritized": True, "n_steps": 3, "update_interval": 2, "beta": (0.4, 1.0, 2_000)}),
+    "four, prioritized frames": (4, {"prioritized": True, "frames": "stack_first", "n_steps": 2}),
 }
 
 
@@ -38,6 +41,27 @@ def env():
         return inner, step.next_observation, step.reward, step.terminated, step.truncated
 
     return dqn_jax.envs.with_auto_reset(made.reset, transition, made.observation_space, made.action_space, 10)
+
+
+def pictured(env):
+    """The same with observations that are stacks of the last two "images", uint8 [2, 4], the first of an episode padded with zeros."""
+
+    def image(observation):
+        return jnp.clip(observation * 40 + 128, 0, 255).astype(jnp.uint8)
+
+    def reset(key):
+        inner, observation = env.reset(key)
+        stack = jnp.stack([jnp.zeros(4, jnp.uint8), image(observation)])
+        return (inner, stack), stack
+
+    def step(key, state, action):
+        inner, result = env.step(key, state[0], action)
+        successor = jnp.stack([state[1][1], image(result.next_observation)])
+        fresh = jnp.stack([jnp.zeros(4, jnp.uint8), image(result.observation)])
+        observation = jnp.where(result.terminated | result.truncated, fresh, successor)
+        return (inner, observation), result._replace(observation=observation, next_observation=successor)
+
+    return env._replace(reset=reset, step=step, observation_space=spaces.Box(0, 255, (2, 4), np.uint8))
 
 
 def drive(agent, env, num_envs, key_reset, key_env, until):
@@ -89,12 +113,14 @@ def case(request, env):
     """A compiled run and a host agent that starts from the same state."""
     num_envs, options = CASES[request.param]
     options = {**SMALL, **options}
+    if "frames" in options:
+        env = pictured(env)
     agent = dqn_jax.dqn(env, **options)
     training = dqn_jax.train(agent, env, num_envs=num_envs, num_steps=STEPS[num_envs], history_length=4)
     key = jax.random.key(11)
     result = jax.jit(training.run)(key)
     key_agent, key_reset, key_env = jax.random.split(key, 3)
-    start = jax.jit(agent.init)(key_agent, jnp.zeros((num_envs, 4)))
+    start = jax.jit(agent.init)(key_agent, dqn_jax.spaces.example(env.observation_space, num_envs))
     host = DQN.from_state(env, start, num_envs=num_envs, **options)
     actions = drive(host, env, num_envs, key_reset, key_env, training.num_steps)
     return training, start, result, host, actions
@@ -105,7 +131,8 @@ def test_same_stream_same_numbers(case):
     state = host.state
     assert int(state.step) == training.num_steps
     assert_same_state(state, result.state)
-    last, discount = np.asarray(state.memory.rows.last), np.asarray(state.memory.rows.discount)
+    rows = state.memory.stored.rows if isinstance(state.memory, Prioritized) else state.memory.rows
+    last, discount = np.asarray(rows.last), np.asarray(rows.discount)
     assert (last & (discount == 0)).any() and (last & (discount == 1)).any()  # Both kinds of end took part.
     # The last decision is pending on both sides, and is the same.
     np.testing.assert_array_equal(actions[-1], result.run.pending.action)

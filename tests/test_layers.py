@@ -16,7 +16,7 @@ FOUNDATION = {"types"}
 TOOLS = {"returns", "networks", "policies", "normalize", "spaces"}
 DATA = {"memory", "algorithms", "curiosity", "envs"}
 DRIVERS = {"training", "programs", "online"}
-BELOW_PRESETS = FOUNDATION | TOOLS | DATA | {"agent", "checkpoint"} | DRIVERS
+BELOW_PRESETS = FOUNDATION | TOOLS | DATA | {"agent", "checkpoint", "footprint"} | DRIVERS
 # What each room may import, besides itself. A new room needs a line here: say where it stands.
 MAY_IMPORT = {
     "types": set(),
@@ -27,9 +27,10 @@ MAY_IMPORT = {
     "envs": FOUNDATION | TOOLS,
     "agent": FOUNDATION,
     "checkpoint": FOUNDATION,
-    "training": FOUNDATION | {"checkpoint"},
+    "footprint": set(),
+    "training": FOUNDATION | {"checkpoint", "footprint"},
     "programs": FOUNDATION,
-    "online": FOUNDATION | {"checkpoint", "spaces", "programs"},
+    "online": FOUNDATION | {"checkpoint", "footprint", "spaces", "programs"},
     "presets": BELOW_PRESETS,
     "statistics": set(),
     "runs": BELOW_PRESETS | {"presets"},

@@ -2,11 +2,12 @@
 
 import gymnasium
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import dqn_jax
-from dqn_jax import DQN
+from dqn_jax import DQN, envs
 from dqn_jax.statistics import bootstrap_interval, iqm
 
 pytestmark = pytest.mark.slow
@@ -59,3 +60,56 @@ def test_cartpole_compiled():
     scores = compiled_scores(num_seeds=32, num_steps=100_000)
     print(np.sort(scores), "IQM", iqm(scores), bootstrap_interval(scores))
     assert iqm(scores) >= 475, np.sort(scores)
+
+
+def deep_sea(size):
+    """bsuite's DeepSea: right at every step finds the treasure, and which action means right differs from field to field."""
+    right_is = jnp.asarray(np.random.default_rng(0).integers(2, size=(size, size)))
+
+    def see(place):
+        return jax.nn.one_hot(place[0] * size + place[1], size**2)
+
+    def reset(key):
+        place = jnp.zeros(2, jnp.int32)
+        return place, see(place)
+
+    def transition(key, place, action):
+        row, column = place
+        right = action == right_is[row, column]
+        treasure = right & (column == size - 1)
+        successor = jnp.stack([jnp.minimum(row + 1, size - 1), jnp.clip(column + jnp.where(right, 1, -1), 0, size - 1)])
+        return successor, see(successor), treasure - 0.01 / size * right, row == size - 1, jnp.zeros((), bool)
+
+    spaces = gymnasium.spaces.Box(0, 1, (size**2,)), gymnasium.spaces.Discrete(2)
+    return envs.with_auto_reset(reset, transition, *spaces, None)
+
+
+def steps_to_solve(size, num_steps, num_seeds, **options):
+    """Steps until the greedy policy finds the treasure, for each seed; twice ``num_steps`` where it never does."""
+    env = deep_sea(size)
+    # Behaviour is random throughout, so the same seed sees the same with every replay.
+    common = {"epsilon": 1.0, "gamma": 0.99, "n_steps": 1, "batch_size": 32, "update_interval": 16, "replay_start_size": 100, "tau": 0.1}
+    agent = dqn_jax.dqn(env, **common, capacity=num_steps, **options)
+    training = dqn_jax.train(agent, env, num_steps=num_steps, history_length=400)
+    play = dqn_jax.evaluate(agent, env, num_episodes=1, max_steps=size)
+
+    def point(run, _):
+        run, _ = training.advance(run)
+        return run, (run.agent.step, play(run.agent, jax.random.key(0))[0])
+
+    def curve(key):
+        return jax.lax.scan(point, training.init(key), None, length=training.num_points)[1]
+
+    steps, found = map(np.asarray, jax.jit(jax.vmap(curve))(jax.random.split(jax.random.key(100), num_seeds)))
+    solved = found > 0.5
+    return np.where(solved.any(axis=1), steps[0][solved.argmax(axis=1)], 2 * num_steps)
+
+
+@pytest.mark.parametrize(("size", "num_steps"), [(8, 30_000), (10, 100_000)])
+def test_prioritized_replay_finds_the_treasure_earlier(size, num_steps):
+    uniform = steps_to_solve(size, num_steps, num_seeds=32)
+    prioritized = steps_to_solve(size, num_steps, num_seeds=32, prioritized=True, beta=(0.4, 1.0, num_steps))
+    for name, steps in (("uniform", uniform), ("prioritized", prioritized)):
+        print(size, name, np.sort(steps), "IQM", iqm(steps), bootstrap_interval(steps))
+    print("earlier on", np.sum(prioritized < uniform), "later on", np.sum(prioritized > uniform), "of 32 seeds")
+    assert iqm(prioritized) < iqm(uniform)

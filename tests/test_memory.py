@@ -1,4 +1,4 @@
-"""The ring against a slow model: random operations, with a number in every field that tells which row it comes from."""
+"""The ring and uniform replay against a slow model: random operations, and in every field a number that tells which row it comes from."""
 
 import functools
 
@@ -11,7 +11,8 @@ import pytest
 from scipy import stats
 
 from dqn_jax import returns
-from dqn_jax.memory import ring
+from dqn_jax.memory.ring import ring
+from dqn_jax.memory.uniform import uniform
 from dqn_jax.types import Transition
 
 GAMMA = 0.5  # exact in float32: folded rewards can be compared closely
@@ -43,7 +44,7 @@ def transition(rows):
 
 @functools.cache
 def compiled(capacity, batch_size, n_steps):
-    memory = ring.uniform(capacity, batch_size, n_steps=n_steps)
+    memory = uniform(ring(capacity, n_steps=n_steps), batch_size)
     return memory._replace(add=jax.jit(memory.add), cut=jax.jit(memory.cut), noise=jax.jit(memory.noise), sample=jax.jit(memory.sample))
 
 
@@ -96,7 +97,7 @@ def test_random_operations_equal_the_slow_model(capacity, num_envs, n_steps):
         check(batch, model, n_steps)
         stored = model.stored()
         ages.update(stored.index(number) for number in np.asarray(batch.transition.observation["count"]).tolist())
-        assert int(state.size) * num_envs == len(stored)
+        assert int(state.size) == len(stored)
     assert ages == set(range(capacity // num_envs * num_envs))  # the oldest row and the newest have been drawn, too
 
 
@@ -162,6 +163,20 @@ def test_storage_keeps_dtypes():
     assert batch.transition.observation["image"].shape == (4, 2, 3)
 
 
+def test_the_storage_tells_which_slots_it_filled_and_numbers_those_that_can_be_drawn():
+    storage, stream = ring(7), oracle.Stream(2, seed=0)
+    state = storage.init(transition(stream.rows()))
+    held = {}  # by slot
+    for turn in range(8):  # 3 rows of 2 environments: wraps twice
+        rows = stream.rows()
+        state, filled, emptied = storage.add(state, transition(rows))
+        assert filled.tolist() == [turn % 3 * 2, turn % 3 * 2 + 1] and emptied.shape == (0,)
+        held.update(zip(filled.tolist(), (row.number for row in rows), strict=True))
+        slots = storage.slot(state, jnp.arange(state.size))
+        assert sorted(slots.tolist()) == sorted(held)
+        np.testing.assert_array_equal(storage.window(state, slots).observation["count"], [held[slot] for slot in slots.tolist()])
+
+
 def test_capacity_is_rounded_down_to_whole_rows():
     _, model, state = filled(11, 3, 9, batch_size=4)
     assert state.rows.reward.shape == (3, 3)
@@ -195,20 +210,39 @@ def test_reweigh_changes_nothing_and_any_mixture_will_do():
     assert memory.sample(state, memory.noise(jax.random.key(0))).weight == 1.0
 
 
-@pytest.mark.parametrize("numbers", [(0, 1, 1), (8, 0, 1), (8, 4, 0), (-1, 1, 1)])
-def test_numbers_below_one_are_refused(numbers):
-    capacity, batch_size, n_steps = numbers
-    with pytest.raises(ValueError, match="at least 1"):
-        ring.uniform(capacity, batch_size, n_steps=n_steps)
+@pytest.mark.parametrize(
+    ("name", "capacity", "batch_size", "n_steps"),
+    [("capacity", 0, 1, 1), ("batch_size", 8, 0, 1), ("n_steps", 8, 4, 0), ("capacity", -1, 1, 1)],
+)
+def test_numbers_below_one_are_refused(name, capacity, batch_size, n_steps):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got "):
+        uniform(ring(capacity, n_steps=n_steps), batch_size)
 
 
 def test_a_batch_larger_than_the_capacity_is_refused():
     with pytest.raises(ValueError, match=r"32 exceeds capacity 16"):
-        ring.uniform(16, 32)
+        uniform(ring(16), 32)
+
+
+def test_a_batch_larger_than_what_is_stored_is_refused_outside_jit():
+    _, _, state = filled(12, 3, 1, batch_size=4)  # 1 row, 3 transitions
+    memory = uniform(ring(12), 4)
+    with pytest.raises(ValueError, match="a batch of 4 was asked for and 3 transitions are stored"):
+        memory.sample(state, memory.noise(jax.random.key(0)))
+    uniform(ring(12), 3).sample(state, jnp.arange(3, dtype=jnp.uint32))  # as many as there are
+
+
+def test_a_row_of_other_shapes_or_dtypes_is_refused():
+    """A row of one environment would be broadcast over all of them in silence, and a float64 reward rounded."""
+    storage, row = ring(12), transition(oracle.Stream(3, seed=0).rows())
+    state = storage.init(row)
+    for wrong in (transition(oracle.Stream(1, seed=0).rows()), row._replace(action=row.action[:1]), row._replace(last=row.reward)):
+        with pytest.raises(AssertionError):
+            storage.add(state, wrong)
 
 
 def test_a_capacity_too_small_for_a_window_of_all_environments_is_refused():
-    memory = ring.uniform(8, 4, n_steps=3)
+    memory = uniform(ring(8, n_steps=3), 4)
     with pytest.raises(ValueError, match="raise capacity to at least 12"):
         memory.init(transition(oracle.Stream(4, seed=0).rows()))
     memory.init(transition(oracle.Stream(2, seed=0).rows()))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from flax import nnx
 from gymnasium import spaces as gym_spaces
 from scipy import stats
@@ -151,6 +152,150 @@ def test_from_nnx_is_a_pure_network():
     np.testing.assert_allclose(values[1], network.apply(jax.tree.map(lambda leaf: leaf[1], stacked), x), rtol=1e-5)
 
 
+# Convolutions. Both implementations run here; which one a program holds is decided by the backend when it is traced.
+
+CONVOLUTIONS = {  # kernel size, stride, height, width, C, F
+    "nature 0": (8, 4, 84, 84, 4, 32),
+    "nature 1": (4, 2, 20, 20, 32, 64),
+    "nature 2": (3, 1, 9, 9, 64, 64),
+    "minatar": (3, 1, 10, 10, 4, 16),
+    "nothing left over": (4, 2, 8, 12, 3, 5),
+    "pixels left over": (4, 2, 9, 7, 3, 5),
+    "stride does not divide": (3, 2, 9, 8, 3, 5),
+    "stride past the kernel": (2, 3, 9, 10, 3, 5),
+    "windows side by side": (3, 3, 10, 9, 3, 5),
+    "pixel by pixel": (1, 1, 4, 3, 3, 5),
+    "as large as the image": (5, 2, 5, 5, 1, 2),
+}
+
+
+def drawn(size, height, width, channels, filters, batch=2, lead=()):
+    keys = jax.random.split(jax.random.key(0), 2)
+    x = jax.random.normal(keys[0], (*lead, batch, height, width, channels))
+    kernel = jax.random.normal(keys[1], (*lead, size, size, channels, filters)) / (size * channels**0.5)
+    return x, kernel
+
+
+def on(monkeypatch, backend, function):
+    """The function traced anew, as if for this backend."""
+
+    def run(*args):
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, "default_backend", lambda: backend)
+            return jax.jit(lambda *args: function(*args))(*args)
+
+    return run
+
+
+@pytest.mark.parametrize(("size", "stride", "height", "width", "channels", "filters"), CONVOLUTIONS.values(), ids=CONVOLUTIONS)
+def test_both_convolutions_agree_with_flax(monkeypatch, size, stride, height, width, channels, filters):
+    x, kernel = drawn(size, height, width, channels, filters)
+    layer = nn.Conv(filters, (size, size), stride, padding="VALID", use_bias=False)
+
+    def values_and_gradients(function):
+        def loss(x, kernel):
+            y = function(x, kernel)
+            return jnp.sum(y * jnp.cos(jnp.arange(y.size).reshape(y.shape))), y  # every output has a gradient of its own
+
+        return lambda x, kernel: jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(x, kernel)
+
+    ours = values_and_gradients(lambda x, kernel: networks.conv(x, kernel, stride))
+    expected = jax.jit(values_and_gradients(lambda x, kernel: layer.apply({"params": {"kernel": kernel}}, x)))(x, kernel)
+    for backend in ("cpu", "gpu"):
+        (_, y), gradients = on(monkeypatch, backend, ours)(x, kernel)
+        assert y.shape == (2, (height - size) // stride + 1, (width - size) // stride + 1, filters) and y.dtype == jnp.float32
+        chex.assert_trees_all_close((y, gradients), (expected[0][1], expected[1]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("stacked", [(0, 0), (None, 0), (0, None)], ids=["both", "kernels", "images"])
+def test_convolutions_under_vmap(monkeypatch, stacked):
+    x, kernel = drawn(4, 9, 8, 3, 5, lead=(3,))
+    x, kernel = (leaf if axis == 0 else leaf[0] for leaf, axis in zip((x, kernel), stacked, strict=True))
+    pairs = [[leaf if axis is None else leaf[i] for leaf, axis in zip((x, kernel), stacked, strict=True)] for i in range(3)]
+    one_by_one = on(monkeypatch, "gpu", lambda pairs: jnp.stack([networks.conv(*pair, 2) for pair in pairs]))(pairs)
+    for backend in ("cpu", "gpu"):
+        together = on(monkeypatch, backend, jax.vmap(lambda x, k: networks.conv(x, k, 2), in_axes=stacked))(x, kernel)
+        chex.assert_trees_all_close(together, one_by_one, rtol=1e-5, atol=1e-5)
+
+
+def test_conv_starts_and_computes_as_the_layer_of_flax_does(monkeypatch):
+    x, _ = drawn(3, 10, 10, 4, 16)
+    layer = nn.Conv(16, (3, 3), 2, padding="VALID")
+    ours = networks.Conv(16, 3, 2)
+    params = jax.jit(layer.init)(jax.random.key(1), x)
+    shifted = jax.tree.map(lambda leaf: leaf + 0.1, params)  # so that the bias counts
+    expected = jax.jit(layer.apply)(shifted, x)
+    for backend in ("cpu", "gpu"):
+        chex.assert_trees_all_equal(on(monkeypatch, backend, ours.init)(jax.random.key(1), x), params)
+        chex.assert_trees_all_close(on(monkeypatch, backend, ours.apply)(shifted, x), expected, rtol=1e-5, atol=1e-5)
+
+
+ATARI = gym_spaces.Box(0, 255, (84, 84, 4), np.uint8)
+GRID = gym_spaces.Box(0, 1, (10, 10, 4), np.bool_)
+
+
+def learn(network, x):
+    """Three steps down the gradient in a compiled loop."""
+
+    def step(params, _):
+        return jax.tree.map(lambda p, g: p - 0.1 * g, params, jax.grad(lambda p: jnp.mean(network.apply(p, x) ** 2))(params)), ()
+
+    return lambda params: jax.lax.scan(step, params, length=3)[0]
+
+
+def test_only_other_backends_run_a_convolution_in_the_loop(monkeypatch):
+    network = networks.ConvQNetwork(3, networks.MINATAR, (8,), spaces.image(GRID))
+    x = jnp.ones((2, 10, 10, 4), bool)
+    params = network.init(jax.random.key(0), x)
+    for backend in ("cpu", "gpu"):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        assert ("convolution(" in jax.jit(learn(network, x)).lower(params).compile().as_text()) == (backend != "cpu")
+
+
+def test_conv_q_network_is_the_network_that_it_says(monkeypatch):
+    network = networks.ConvQNetwork(3, ((5, 4, 2), (6, 2, 1)), (7,), spaces.image(ATARI))
+    observation = jnp.arange(2 * 9 * 8 * 2).reshape(2, 9, 8, 2).astype(jnp.uint8)
+    params = jax.jit(network.init)(jax.random.key(0), observation)
+    layers = params["params"]
+    x = observation / 255
+    for name, layer in (("Conv_0", nn.Conv(5, (4, 4), 2, padding="VALID")), ("Conv_1", nn.Conv(6, (2, 2), 1, padding="VALID"))):
+        x = nn.relu(layer.apply({"params": layers[name]}, x))
+    x = nn.relu(x.reshape(2, -1) @ layers["Dense_0"]["kernel"] + layers["Dense_0"]["bias"])
+    expected = x @ layers["Dense_1"]["kernel"] + layers["Dense_1"]["bias"]
+    for backend in ("cpu", "gpu"):
+        np.testing.assert_allclose(on(monkeypatch, backend, network.apply)(params, observation), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("space", "convolutions", "hidden", "count"),
+    [(ATARI, networks.NATURE, (512,), 1_687_206), (GRID, networks.MINATAR, (128,), 592 + 131_200 + 774)],
+    ids=["nature", "minatar"],
+)
+def test_the_networks_of_the_papers(monkeypatch, space, convolutions, hidden, count):
+    network = networks.ConvQNetwork(6, convolutions, hidden, spaces.image(space))
+    observation = spaces.example(space, 5)
+    params = jax.eval_shape(network.init, jax.random.key(0), observation)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count
+    values = jax.eval_shape(network.apply, params, observation)
+    assert (values.shape, values.dtype) == ((5, 6), jnp.float32)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    chex.assert_trees_all_equal(jax.eval_shape(lambda *args: network.init(*args), jax.random.key(0), observation), params)
+
+
+@pytest.mark.parametrize(
+    ("convolutions", "shape", "message"),
+    [
+        (networks.NATURE, (10, 10, 4), "image of 10x10 reaches convolution 1 as 1x1, smaller than its 4x4 kernel: give.*MINATAR"),
+        (networks.NATURE, (4, 84, 84), "image of 4x84 reaches convolution 0 as 4x84, smaller than its 8x8 kernel.*channels"),
+        (networks.MINATAR, (10, 2, 4), "image of 10x2 reaches convolution 0 as 10x2, smaller than its 3x3 kernel"),
+    ],
+)
+def test_a_kernel_that_does_not_fit_is_refused(convolutions, shape, message):
+    network = networks.ConvQNetwork(6, convolutions, (512,), spaces.image(ATARI))
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, *shape), jnp.uint8))
+
+
 # What networks see of Gymnasium spaces.
 
 IMAGE = gym_spaces.Box(0, 255, (2, 2), np.uint8)
@@ -201,6 +346,39 @@ def test_samples_of_a_space_fit_its_example_and_its_network(space):
     chex.assert_trees_all_equal_shapes_and_dtypes(checked, jax.tree.map(lambda leaf: leaf[:1], example))
     features = jax.eval_shape(spaces.features(space), example)
     assert features.shape == (2, gymnasium.spaces.flatdim(space)) and features.dtype == jnp.float32
+
+
+IMAGES = {
+    "uint8": (gym_spaces.Box(0, 255, (3, 2, 4), np.uint8), True, (3, 2, 4), (2, 4, 3)),
+    "bool": (gym_spaces.Box(0, 1, (3, 2, 4), np.bool_), True, (3, 2, 4), (2, 4, 3)),
+    "one channel": (gym_spaces.Box(0, 255, (3, 2), np.uint8), True, (3, 2, 1), (3, 2, 1)),
+    "multibinary": (gym_spaces.MultiBinary((3, 2, 4)), False, (3, 2, 4), (2, 4, 3)),
+    "float": (gym_spaces.Box(-1, 1, (3, 2, 4)), False, (3, 2, 4), (2, 4, 3)),
+}
+
+
+@pytest.mark.parametrize(("space", "looks", "last", "first"), IMAGES.values(), ids=IMAGES)
+def test_images(space, looks, last, first):
+    masked = gym_spaces.Dict({"observation": space, "action_mask": gym_spaces.MultiBinary(4)})
+    assert spaces.is_image(space) == spaces.is_image(masked) == looks
+    space.seed(0)
+    value = np.stack([space.sample() for _ in range(2)])
+    expected = value.astype(np.float32) / (255 if space.dtype == np.uint8 else 1)
+    for channels_first, shape in ((False, last), (True, first)):
+        moved = expected[..., None] if len(space.shape) == 2 else expected.transpose(0, 2, 3, 1) if channels_first else expected
+        for read in (spaces.image(space, channels_first), spaces.image(masked, channels_first)):
+            got = read(jnp.asarray(value))
+            assert (got.shape, got.dtype) == ((2, *shape), jnp.float32)
+            np.testing.assert_allclose(got, moved, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3, 2, 4)])
+def test_what_has_not_two_or_three_axes_is_no_image(shape):
+    space = gym_spaces.Box(0, 255, shape, np.uint8)
+    assert not spaces.is_image(space)
+    with pytest.raises(ValueError, match="two or three axes"):
+        spaces.image(space)
+    assert not spaces.is_image(gym_spaces.Dict({"a": IMAGE}))
 
 
 def test_a_masked_example_is_masked_and_allows_everything():

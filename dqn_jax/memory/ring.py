@@ -1,4 +1,4 @@
-"""The ring: raw transitions, allocated once, overwritten oldest first, drawn uniformly with n-step windows.
+"""The ring: raw transitions, allocated once, overwritten oldest first, and the walk along an n-step window.
 
 Rows stay raw. The n-step window is walked when a batch is drawn, so there is no accumulator, nothing to flush at the end of an
 episode, and every tail is right: the walk stops at ``last`` or at the write head, whichever comes first.
@@ -10,7 +10,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from dqn_jax.types import Batch, Memory, Transition
+from dqn_jax.types import Storage, Transition
 
 
 class Ring(NamedTuple):
@@ -19,7 +19,7 @@ class Ring(NamedTuple):
     Attributes:
       rows: Transition of ``[T, N, ...]``.
       cursor: the row that the next ``add`` writes, int32.
-      size: rows filled so far, int32, at most T.
+      size: transitions stored, int32, at most T N.
     """
 
     rows: Transition
@@ -27,85 +27,105 @@ class Ring(NamedTuple):
     size: chex.Array
 
 
-def uniform(capacity: int, batch_size: int, *, n_steps: int = 1) -> Memory:
-    """A memory that draws stored transitions uniformly, with replacement.
+def ring(capacity: int, *, n_steps: int = 1) -> Storage:
+    """Keeps transitions whole, the newest of them.
 
     Args:
       capacity: transitions kept; rounded down to a multiple of the number of environments.
-      batch_size: transitions B in a batch.
       n_steps: rows n in the window that begins at each drawn transition.
 
     Returns:
-      A ``Memory`` whose batches carry reward, discount and last as ``[B, n]`` and observations at both ends of the window.
+      A ``Storage`` whose windows carry reward, discount and last as ``[B, n]`` and observations at both ends.
 
     Raises:
-      ValueError: if a number is below one, or the capacity cannot hold a batch or a window.
+      ValueError: if a number is below one, or the capacity cannot hold a window.
     """
-    if min(capacity, batch_size, n_steps) < 1:
-        raise ValueError(f"capacity, batch_size and n_steps must be at least 1, got {capacity}, {batch_size} and {n_steps}")
-    if batch_size > capacity:
-        raise ValueError(f"batch_size {batch_size} exceeds capacity {capacity}: raise capacity or lower batch_size")
+    require_counts(capacity=capacity, n_steps=n_steps)
 
     def init(transition: Transition) -> Ring:
         (num_envs,) = transition.reward.shape
-        length = capacity // num_envs
-        if length < n_steps:
-            raise ValueError(
-                f"capacity {capacity} leaves {length} rows for each of {num_envs} environments, fewer than n_steps {n_steps}: "
-                f"raise capacity to at least {n_steps * num_envs}"
-            )
+        length = num_rows(capacity, num_envs, n_steps)
         rows = jax.tree.map(lambda leaf: jnp.zeros((length, *leaf.shape), leaf.dtype), transition)
         return Ring(rows, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
-    def add(state: Ring, transition: Transition) -> Ring:
-        length = state.rows.reward.shape[0]
-        # A row of fewer environments would be broadcast over all of them in silence.
-        chex.assert_trees_all_equal_shapes_and_dtypes(
-            jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), state.rows), transition
-        )
-        rows = jax.tree.map(lambda stored, new: stored.at[state.cursor].set(new), state.rows, transition)
-        return Ring(rows, (state.cursor + 1) % length, jnp.minimum(state.size + 1, length))
+    def add(state: Ring, transition: Transition) -> tuple[Ring, chex.Array, chex.Array]:
+        length, num_envs = state.rows.reward.shape
+        rows = write_row(state.rows, state.cursor, transition)
+        filled = state.cursor * num_envs + jnp.arange(num_envs)  # [N]
+        size = jnp.minimum(state.size + num_envs, length * num_envs)
+        return Ring(rows, (state.cursor + 1) % length, size), filled, jnp.zeros((0,), jnp.int32)
 
     def cut(state: Ring, mask: chex.Array) -> Ring:
-        length, num_envs = state.rows.reward.shape
-        chex.assert_shape(mask, (num_envs,))
-        # An empty ring has no newest row: a write out of range is dropped.
-        newest = jnp.where(state.size > 0, (state.cursor - 1) % length, length)
-        last = state.rows.last.at[newest].set(state.rows.last[newest] | mask, mode="drop")
-        return state._replace(rows=state.rows._replace(last=last))
+        return state._replace(rows=end_newest(state.rows, state.cursor, mask & (state.size > 0)))
 
-    def noise(key: chex.PRNGKey) -> chex.Array:
-        return jax.random.bits(key, (batch_size,), jnp.uint32)
+    def slot(state: Ring, number: chex.Array) -> chex.Array:
+        del state  # The first rows are the filled ones.
+        return number
 
-    def sample(state: Ring, noise: chex.Array) -> Batch:
-        rows = state.rows
-        length, num_envs = rows.reward.shape
-        # The remainder favours low numbers by at most one part in 2**32 / size: 0.02 % at a million transitions.
-        drawn = (noise % jnp.uint32(state.size * num_envs)).astype(jnp.int32)  # [B]
-        first, column = drawn // num_envs, drawn % num_envs  # [B]
-        window = (first[:, None] + jnp.arange(n_steps)) % length  # [B, n]
-        columns = column[:, None]
-        # Past the newest row lies the oldest: to a window that reaches it, the stream ends there, without being terminated.
-        last = rows.last[window, columns] | (window == (state.cursor - 1) % length)  # [B, n]
-        stop = jnp.where(jnp.any(last, axis=1), jnp.argmax(last, axis=1), n_steps - 1)  # [B]
-        final = (first + stop) % length  # [B]
+    def window(state: Ring, slot: chex.Array) -> Transition:
+        num_envs = state.rows.reward.shape[1]
+        first, column = slot // num_envs, slot % num_envs  # [B]
+        transition, final = walk(state.rows, state.cursor, first, column, n_steps)
+        successor = jax.tree.map(lambda leaf: leaf[final, column], state.rows.next_observation)
+        observation = jax.tree.map(lambda leaf: leaf[first, column], state.rows.observation)
+        return transition._replace(observation=observation, next_observation=successor)
 
-        def at(row: chex.Array, tree: chex.ArrayTree) -> Any:
-            return jax.tree.map(lambda leaf: leaf[row, column], tree)
+    return Storage(capacity, init, add, cut, slot, window)
 
-        transition = Transition(
-            observation=at(first, rows.observation),
-            action=at(first, rows.action),
-            reward=rows.reward[window, columns],  # [B, n]
-            discount=rows.discount[window, columns],  # [B, n]
-            next_observation=at(final, rows.next_observation),
-            last=last,
-            extras=at(first, rows.extras),
+
+def walk(rows: Transition, cursor: chex.Array, first: chex.Array, column: chex.Array, n_steps: int) -> tuple[Transition, chex.Array]:
+    """The windows that begin at rows ``first [B]`` of environments ``column [B]``.
+
+    Args:
+      rows: ``[T, N, ...]``.
+      cursor: the row that is written next.
+      first, column: ``[B]``.
+      n_steps: rows n of a window.
+
+    Returns:
+      The transition, its observations left out, and the row ``[B]`` where each walk stops.
+    """
+    length = rows.reward.shape[0]
+    window, columns = (first[:, None] + jnp.arange(n_steps)) % length, column[:, None]  # [B, n], [B, 1]
+    # Past the newest row lies the oldest: to a window that reaches it, the stream ends there, without being terminated.
+    last = rows.last[window, columns] | (window == (cursor - 1) % length)  # [B, n]
+    stop = jnp.where(jnp.any(last, axis=1), jnp.argmax(last, axis=1), n_steps - 1)  # [B]
+
+    def begin(tree: chex.ArrayTree) -> Any:
+        return jax.tree.map(lambda leaf: leaf[first, column], tree)
+
+    reward, discount = rows.reward[window, columns], rows.discount[window, columns]  # [B, n]
+    return Transition((), begin(rows.action), reward, discount, (), last, begin(rows.extras)), (first + stop) % length
+
+
+def write_row(rows: Transition, cursor: chex.Array, row: Transition) -> Transition:
+    """``rows [T, N, ...]`` with ``row [N, ...]`` at the cursor; raises AssertionError, at trace time, if shapes or dtypes differ."""
+    # A row of fewer environments would be broadcast over all of them in silence.
+    chex.assert_trees_all_equal_shapes_and_dtypes(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), rows), row)
+    return jax.tree.map(lambda stored, new: stored.at[cursor].set(new), rows, row)
+
+
+def end_newest(rows: Transition, cursor: chex.Array, mask: chex.Array) -> Transition:
+    """``rows [T, N, ...]`` with the newest marked as ``last`` in the environments of ``mask [N]``."""
+    length, num_envs = rows.reward.shape
+    chex.assert_shape(mask, (num_envs,))
+    newest = (cursor - 1) % length
+    return rows._replace(last=rows.last.at[newest].set(rows.last[newest] | mask))
+
+
+def num_rows(capacity: int, num_envs: int, at_least: int) -> int:
+    """The rows of N environments that make up ``capacity``. Raises ValueError if they are fewer than a window needs."""
+    length = capacity // num_envs
+    if length < at_least:
+        raise ValueError(
+            f"capacity {capacity} leaves {length} rows for each of {num_envs} environments, and a window needs {at_least}: "
+            f"raise capacity to at least {at_least * num_envs}, or lower n_steps"
         )
-        return Batch(transition, index=drawn)
+    return length
 
-    def reweigh(state: Ring, index: chex.Array, priority: chex.ArrayTree) -> Ring:
-        del index, priority  # Every transition is equally likely.
-        return state
 
-    return Memory(init, add, cut, noise, sample, reweigh, demand=None)
+def require_counts(**counts: int) -> None:
+    """Raises ValueError if a number is below one."""
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")

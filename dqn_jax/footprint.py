@@ -1,0 +1,46 @@
+"""What a state takes in memory, and whether the device has it: to be asked before anything is allocated."""
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+
+CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")  # Linux: what this process's container may use.
+
+
+def num_bytes(shapes: Any) -> int:
+    """The bytes of a pytree of arrays or shapes; of random keys, which are few, none."""
+    leaves = [leaf for leaf in jax.tree.leaves(shapes) if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def require_room(shapes: Any, copies: int = 1) -> None:
+    """Raises MemoryError, in bytes, if a state of these shapes is larger than the memory of the device.
+
+    Without it a large replay fails late: Linux promises memory that it does not have, and ends the process when the replay fills up.
+
+    Args:
+      shapes: the state, as ``jax.eval_shape`` gives it.
+      copies: how many of them there will be.
+    """
+    needed, present = copies * num_bytes(shapes), device_bytes()
+    if present is not None and needed > present:
+        raise MemoryError(
+            f"{needed:,} bytes are needed ({needed / 1e9:.1f} GB for {copies} agent(s)), nearly all of it for the replay, and "
+            f"{jax.devices()[0]} has {present:,} ({present / 1e9:.1f} GB): lower capacity, or keep each image once with the option frames"
+        )
+
+
+def device_bytes() -> int | None:
+    """The memory that arrays may take on the default device, in bytes, or None where the system does not say."""
+    said = jax.devices()[0].memory_stats()
+    if said and "bytes_limit" in said:
+        return said["bytes_limit"]
+    try:
+        present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Not on Windows.
+        return None
+    limit = CONTAINER_LIMIT.read_text().strip() if CONTAINER_LIMIT.exists() else "max"
+    return present if limit == "max" else min(present, int(limit))
