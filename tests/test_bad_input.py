@@ -9,7 +9,7 @@ import pytest
 from gymnasium import spaces
 
 import dqn_jax
-from dqn_jax import DQN, CheckpointError, Masked
+from dqn_jax import DQN, CheckpointError, Masked, footprint
 from dqn_jax.networks import Network
 
 PLAIN = (spaces.Box(-np.inf, np.inf, (3,), np.float32), spaces.Discrete(2))
@@ -309,10 +309,10 @@ def test_vector_environment_and_num_envs_that_differ():
 OPTIONS = [
     ({"bath_size": 4}, TypeError, "no option 'bath_size': did you mean batch_size?"),
     ({"lerning_rate": 1e-3}, TypeError, "did you mean learning_rate?"),
-    ({"zzz": 1}, TypeError, "no option 'zzz': the options are batch_size, "),
+    ({"zzz": 1}, TypeError, "no option 'zzz': the options are alpha, batch_size, "),
     ({"batch_size": 33}, ValueError, "batch_size 33 exceeds capacity 32"),
     ({"replay_start_size": 33}, ValueError, "replay_start_size 33 exceeds capacity 32"),
-    ({"n_steps": 33}, ValueError, "fewer than n_steps 33"),
+    ({"n_steps": 33}, ValueError, "n_steps 33 exceeds capacity 32"),
     ({"gamma": 1.5}, ValueError, "gamma must be in [0, 1], got 1.5"),
     ({"gamma": -0.1}, ValueError, "gamma"),
     ({"gamma": NAN}, ValueError, "gamma"),
@@ -336,6 +336,18 @@ OPTIONS = [
     ({"capacity": 1e4}, TypeError, "capacity must be a whole number, got 10000.0"),
     ({"replay_start_size": -1}, ValueError, "replay_start_size must be at least 0, got -1"),
     ({"replay_start_size": "4"}, TypeError, "replay_start_size"),
+    ({"replay_start_size": 3}, ValueError, "batch_size 4 exceeds replay_start_size 3"),
+    ({"prioritized": "yes"}, TypeError, "prioritized must be True or False, got 'yes'"),
+    ({"prioritized": True, "alpha": 1.5}, ValueError, "alpha must be in [0, 1], got 1.5"),
+    ({"prioritized": True, "alpha": NAN}, ValueError, "alpha"),
+    ({"prioritized": True, "beta": -0.1}, ValueError, "beta must be in [0, 1], got -0.1"),
+    ({"prioritized": True, "beta": (0.4, 1.1, 10)}, ValueError, "beta's end must be in [0, 1], got 1.1"),
+    ({"prioritized": True, "beta": "0.4"}, TypeError, "beta"),
+    ({"frames": "yes"}, ValueError, "frames must be one of 'off', 'single', 'stack_first', 'stack_last', got 'yes'"),
+    ({"frames": "single"}, TypeError, "stores images of uint8 or bool, the observation space is Box"),
+    ({"encoder": "resnet"}, ValueError, "encoder must be one of 'auto', 'flat', 'nature', 'minatar', got 'resnet'"),
+    ({"network": None, "encoder": "nature"}, ValueError, "an image has two or three axes"),
+    ({"capacity": 10**11}, MemoryError, "bytes are needed"),
     ({"update_interval": 0}, ValueError, "update_interval"),
     ({"update_interval": 0.5}, TypeError, "update_interval"),
     ({"updates_per_interval": 0}, ValueError, "updates_per_interval"),
@@ -349,16 +361,16 @@ OPTIONS = [
     ({"network": None, "hidden": "64"}, TypeError, "hidden"),
     ({"network": "mlp"}, TypeError, "network"),
     ({"optimizer": "adam"}, TypeError, "optimizer"),
-    ({"loss": "l1"}, ValueError, "loss must be 'huber' or 'mse', got 'l1'"),
+    ({"loss": "l1"}, ValueError, "loss must be one of 'huber', 'mse', got 'l1'"),
     ({"double": "no"}, TypeError, "double"),
     ({"epsilon": 1.5}, ValueError, "epsilon must be in [0, 1], got 1.5"),
     ({"epsilon": "0.1"}, TypeError, "epsilon"),
     ({"epsilon": None}, TypeError, "epsilon"),
-    ({"epsilon": (1.0, 0.1)}, ValueError, "epsilon must be (start, end, decay steps)"),
+    ({"epsilon": (1.0, 0.1)}, ValueError, "epsilon must be (start, end, steps between)"),
     ({"epsilon": (2.0, 0.1, 10)}, ValueError, "epsilon's start"),
     ({"epsilon": (1.0, -0.1, 10)}, ValueError, "epsilon's end"),
-    ({"epsilon": (1.0, 0.1, 10.5)}, TypeError, "epsilon's decay steps"),
-    ({"epsilon": (1.0, 0.1, -1)}, ValueError, "epsilon's decay steps"),
+    ({"epsilon": (1.0, 0.1, 10.5)}, TypeError, "epsilon's steps"),
+    ({"epsilon": (1.0, 0.1, -1)}, ValueError, "epsilon's steps"),
     ({"num_envs": 3}, ValueError, "every 4 transitions does not fit 3 environments"),
     ({"num_envs": 0}, ValueError, "num_envs must be at least 1, got 0"),
     ({"num_envs": -1}, ValueError, "num_envs must be at least 1, got -1"),
@@ -374,6 +386,48 @@ def test_bad_option(options, kind, message):
     with pytest.raises(Exception) as caught:
         DQN(PLAIN, **{**SMALL, **options})
     check(caught, kind, message)
+
+
+def test_a_replay_larger_than_the_memory_is_refused_in_bytes_before_anything_is_allocated(monkeypatch):
+    env = dqn_jax.make("phys2d/CartPole-v1")
+    agent = dqn_jax.dqn(env)
+    monkeypatch.setattr(footprint, "device_bytes", lambda: 7_000)
+    monkeypatch.setattr(jax, "jit", None)  # Whatever allocates is compiled.
+    # Of each transition two observations, action, reward, discount and whether it is the last; beside them what is learnt, and counters.
+    with pytest.raises(MemoryError, match=r"^7,4\d{2} bytes are needed .* has 7,000"):
+        DQN(PLAIN, **{**SMALL, "capacity": 200})
+    with pytest.raises(MemoryError, match="lower capacity, or keep each image once"):
+        dqn_jax.train(agent, env, num_steps=10)
+
+
+def test_what_this_machine_has_is_known():
+    assert 10**8 < footprint.device_bytes() < 10**14
+
+
+IMAGES = {
+    "colours called a stack": ((3, 4, 4), "stack_first", lambda n: np.full((3, 4, 4), 5 * n) + np.arange(3)[:, None, None]),
+    "newest frame first": ((2, 4, 4), "stack_first", lambda n: np.full((2, 4, 4), n) - np.arange(2)[:, None, None]),
+    "the wrong axis": ((4, 4, 2), "stack_first", lambda n: np.full((4, 4, 2), n) + np.arange(2)),
+}
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_a_stack_that_is_none_is_refused(name):
+    shape, frames, see = IMAGES[name]
+    both = spaces.Box(0, 255, shape, np.uint8), spaces.Discrete(2)
+    agent = DQN(both, **{**SMALL, "frames": frames})
+    agent.act_and_train(see(1).astype(np.uint8), 0.0)
+    with pytest.raises(ValueError, match="these are no stacked frames, oldest first"):
+        agent.act_and_train(see(2).astype(np.uint8), 0.0)
+    assert agent.get_statistics()["t"] == 0
+
+
+def test_a_stack_is_taken():
+    both = spaces.Box(0, 255, (2, 4, 4), np.uint8), spaces.Discrete(2)
+    agent = DQN(both, **{**SMALL, "frames": "stack_first"})
+    for number in range(6):
+        agent.act_and_train(np.full((2, 4, 4), number, np.uint8) + np.arange(2, dtype=np.uint8)[:, None, None], 0.0)
+    assert agent.get_statistics()["t"] == 5
 
 
 @pytest.mark.parametrize(("interval", "num_envs", "nearest"), [(4, 6, "4 and 8"), (8, 3, "2 and 4"), (3, 2, "1 and 3")])
