@@ -7,7 +7,7 @@ import sys
 import time
 from typing import Any, NamedTuple
 
-PACKAGES = ("dqn_jax", "jax", "jaxlib", "flax", "optax", "numpy", "gymnasium", "stable-baselines3", "torch")
+PACKAGES = ("dqn_jax", "jax", "jaxlib", "flax", "optax", "numpy", "gymnasium", "stable-baselines3", "torch", "flashbax", "cpprb")
 
 
 class Moment(NamedTuple):

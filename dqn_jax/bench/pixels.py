@@ -1,0 +1,125 @@
+"""What an update of a convolutional network costs inside a compiled loop and outside it: ``python -m dqn_jax.bench.pixels``.
+
+A full DQN update (three forward passes, one backward, Adam) on a given batch of images: many in one ``lax.scan``, as a compiled loop has
+them, and one for each call, as a host loop has them. ``flax.linen.Conv`` stands beside ours: inside a loop on CPU it is several times
+slower (jax-ml/jax#12868). Contenders take turns, compilation is apart, medians and ranges are over the rounds.
+"""
+
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+import tyro
+from flax import linen as nn
+
+from dqn_jax.algorithms.dqn import dqn
+from dqn_jax.bench import machine
+from dqn_jax.networks import MINATAR, NATURE, ConvQNetwork
+from dqn_jax.types import Batch, Transition
+
+WORK = {
+    "MinAtar, batch 32": (MINATAR, (128,), (10, 10, 4), 32, 100),
+    "MinAtar, batch 128": (MINATAR, (128,), (10, 10, 4), 128, 30),
+    "Nature, batch 32": (NATURE, (512,), (84, 84, 4), 32, 5),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Measures updates of convolutional networks."""
+
+    repeats: int = 9
+    """Rounds, in which all contenders take turns."""
+    out: Path | None = None
+    """A JSON file for everything measured."""
+
+
+class FlaxQNetwork(nn.Module):
+    """The same network of ``flax.linen.Conv``."""
+
+    convolutions: tuple[tuple[int, int, int], ...]
+    hidden: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, x: chex.Array) -> chex.Array:
+        """The values ``[B, A]`` of images ``[B, H, W, C]``."""
+        for filters, size, stride in self.convolutions:
+            x = nn.relu(nn.Conv(filters, (size, size), stride, padding="VALID")(x))
+        x = x.reshape(x.shape[0], -1)
+        for width in self.hidden:
+            x = nn.relu(nn.Dense(width)(x))
+        return nn.Dense(6)(x)
+
+
+def contenders(convolutions: Any, hidden: Any, shape: tuple[int, ...], batch_size: int, updates: int) -> dict[str, Callable[[], Any]]:
+    """For each network and place a function that makes that many updates."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    images = jax.random.uniform(keys[0], (2, batch_size, *shape))
+    action = jax.random.randint(keys[1], (batch_size,), 0, 6)
+    ones = jnp.ones(batch_size)
+    batch = Batch(Transition(images[0], action, jax.random.normal(keys[2], (batch_size,)), 0.99 * ones, images[1], ones > 2))
+    networks = {
+        "ours": ConvQNetwork(6, convolutions, hidden, lambda x: x),
+        "flax.linen.Conv": FlaxQNetwork(convolutions, hidden),
+    }
+    rounds: dict[str, Callable[[], Any]] = {}
+    for name, network in networks.items():
+        algorithm = dqn(network, optax.flatten(optax.adam(1e-4)), epsilon=0.1)
+        learner = jax.jit(algorithm.init)(jax.random.key(0), images[0])
+
+        def update(learner: Any, batch: Batch, learn: Any = algorithm.learn) -> Any:
+            return learn(learner, batch, jax.random.key(0), learner.step + 4)[0]
+
+        one = jax.jit(update)
+        loop = jax.jit(lambda learner, batch, update=update: jax.lax.fori_loop(0, updates, lambda _, state: update(state, batch), learner))
+
+        def outside(learner: Any = learner, one: Any = one) -> None:
+            for _ in range(updates):
+                learner = one(learner, batch)
+            jax.block_until_ready(learner)
+
+        def inside(learner: Any = learner, loop: Any = loop) -> None:
+            jax.block_until_ready(loop(learner, batch))
+
+        rounds[f"{name}, inside a loop"], rounds[f"{name}, a call each"] = inside, outside
+    return rounds
+
+
+def measure(name: str, repeats: int) -> dict[str, dict[str, float]]:
+    """Milliseconds of one update, for each contender."""
+    updates = WORK[name][-1]
+    rounds = contenders(*WORK[name])
+    for one in rounds.values():
+        one()  # Compiles.
+    seconds: dict[str, list[float]] = {contender: [] for contender in rounds}
+    for _ in range(repeats):
+        for contender, one in rounds.items():
+            begin = time.perf_counter()
+            one()
+            seconds[contender].append(1e3 * (time.perf_counter() - begin) / updates)
+    return {who: {"median": statistics.median(ms), "min": min(ms), "max": max(ms)} for who, ms in seconds.items()}
+
+
+def main() -> None:
+    """Measures, prints a table, and writes everything to ``--out``."""
+    options = tyro.cli(Options, description=__doc__)
+    report: dict[str, Any] = {"machine": machine.describe(), "device": str(jax.devices()[0]), "update_ms": {}}
+    for name in WORK:
+        report["update_ms"][name] = measured = measure(name, options.repeats)
+        print(f"\nmilliseconds of one update, {name}")
+        for contender, value in measured.items():
+            print(f"  {contender:32} {value['median']:8.2f} ({value['min']:.2f}-{value['max']:.2f})", flush=True)
+    if options.out is not None:
+        options.out.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
