@@ -5,7 +5,8 @@ from dqn_jax.algorithms.dqn import DQNState
 from dqn_jax.checkpoint import CheckpointError, digest
 from dqn_jax.envs import from_func_env, from_gymnax, from_pgx, make, true_successors
 from dqn_jax.online import OnlineAgent
-from dqn_jax.presets import DQN, PRESETS, DQNOptions, dqn
+from dqn_jax.options import PRESETS, DQNOptions
+from dqn_jax.presets import DQN, dqn
 from dqn_jax.programs import compute_inline
 from dqn_jax.runs import load_run
 from dqn_jax.training import Result, Training, evaluate, train

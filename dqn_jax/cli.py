@@ -18,9 +18,10 @@ import numpy as np
 import tyro
 from gymnasium.wrappers import RecordVideo
 
-from dqn_jax import envs, spaces
+from dqn_jax import envs
 from dqn_jax.experiment import say, train
-from dqn_jax.presets import NATURE_SIDE, PRESETS, DQNOptions, dqn
+from dqn_jax.options import PRESETS, DQNOptions
+from dqn_jax.presets import dqn, encoder_of
 from dqn_jax.programs import compute_inline
 from dqn_jax.runs import Task, best_learner, greedy_policy, play_greedily, read_task
 from dqn_jax.statistics import iqm
@@ -145,7 +146,7 @@ def _train(command: Train) -> dict[str, Any]:
 def _choose_threads(task: Task) -> None:
     """A small network computes faster where it is asked for than in other threads, and this command owns its process."""
     at_once = task.seeds if task.seeds > 1 and envs.is_jax_env(task.env) else 1
-    if max(task.options["hidden"] or (128,)) * task.options["batch_size"] * at_once <= INLINE_SIZE and not _has_large_images(task):
+    if max(task.options["hidden"] or (64,)) * task.options["batch_size"] * at_once <= INLINE_SIZE and not _has_large_images(task):
         with contextlib.suppress(RuntimeError):  # Called from a program that uses JAX already: it keeps its setting.
             compute_inline()
 
@@ -153,8 +154,9 @@ def _choose_threads(task: Task) -> None:
 def _has_large_images(task: Task) -> bool:
     if envs.is_jax_env(task.env):  # Making one would start JAX, and then it is too late to choose. Theirs are small.
         return False
-    space = gymnasium.make(task.env, **task.env_args).observation_space
-    return spaces.is_image(space) and max(space.shape or ()) >= NATURE_SIDE
+    env = gymnasium.make(task.env, **task.env_args)
+    env.close()
+    return encoder_of(DQNOptions(**task.options), env.observation_space)[0] == "nature"
 
 
 def _new_name(command: Train) -> str:

@@ -7,7 +7,8 @@ from typing import Any
 
 import jax
 
-CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")  # Linux: what this process's container may use.
+# Linux: what this process's container may use, in the two versions of control groups.
+CONTAINER_LIMITS = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def num_bytes(shapes: Any) -> int:
@@ -29,18 +30,28 @@ def require_room(shapes: Any, copies: int = 1) -> None:
     if present is not None and needed > present:
         raise MemoryError(
             f"{needed:,} bytes are needed ({needed / 1e9:.1f} GB for {copies} agent(s)), nearly all of it for the replay, and "
-            f"{jax.devices()[0]} has {present:,} ({present / 1e9:.1f} GB): lower capacity, or keep each image once with the option frames"
+            f"{_device()} has {present:,} ({present / 1e9:.1f} GB): lower capacity, or, for images, keep each once with the option frames"
         )
 
 
 def device_bytes() -> int | None:
     """The memory that arrays may take on the default device, in bytes, or None where the system does not say."""
-    said = jax.devices()[0].memory_stats()
-    if said and "bytes_limit" in said:
-        return said["bytes_limit"]
+    device = _device()
+    if device.platform != "cpu":
+        return (device.memory_stats() or {}).get("bytes_limit")
     try:
         present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # Not on Windows.
         return None
-    limit = CONTAINER_LIMIT.read_text().strip() if CONTAINER_LIMIT.exists() else "max"
-    return present if limit == "max" else min(present, int(limit))
+    for path in CONTAINER_LIMITS:
+        try:
+            present = min(present, int(path.read_text()))
+        except (OSError, ValueError):  # No such file, or the word "max".
+            continue
+    return present
+
+
+def _device() -> jax.Device:
+    """The device that arrays are made on where nobody says otherwise."""
+    chosen: Any = getattr(jax.config, "jax_default_device")  # noqa: B009 (its type stubs do not know it)
+    return chosen if isinstance(chosen, jax.Device) else jax.local_devices(backend=chosen)[0]

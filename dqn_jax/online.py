@@ -43,6 +43,8 @@ class OnlineAgent:
       num_envs: N; with 1 the scalar methods work, with any the ``batch_`` ones.
       seed: of all randomness of the agent.
       state: an AgentState to begin with instead of a fresh one, for example one seed of a compiled run; it is copied.
+      require_succession: a check of ``(observation, successor, following, last)``, NumPy ``[N, ...]``, that raises where the replay could
+        not keep such a step; see ``memory.frames.require_succession``.
 
     Raises:
       NotImplementedError: if a space is not supported.
@@ -59,8 +61,10 @@ class OnlineAgent:
         num_envs: int = 1,
         seed: int = 0,
         state: AgentState | None = None,
+        require_succession: Callable[[Any, Any, Any, np.ndarray], None] | None = None,
     ):
         self.num_envs = num_envs
+        self._require_succession = require_succession
         self.observation_space = observation_space
         self.action_space = action_space
         self._agent = agent
@@ -135,6 +139,7 @@ class OnlineAgent:
         if self._pending is None:
             return int(self._advance(checked)[0])
         outcome = outcome_array(self._checks["reward", True](reward))
+        self._check_succession(checked, checked, np.zeros(1, np.bool_))
         return int(self._advance(checked, outcome)[0])
 
     def stop_episode_and_train(self, observation: Any, reward: float, terminated: bool = True) -> None:
@@ -156,6 +161,7 @@ class OnlineAgent:
         outcome = outcome_array(self._checks["reward", True](reward), ended, np.ones(1, np.bool_))
         if self._pending is None:
             raise RuntimeError("no episode is open: call act_and_train at least once before stop_episode_and_train")
+        self._check_succession(checked, checked, np.ones(1, np.bool_))
         try:
             self._take_in(outcome, checked)
             self._episodes += 1
@@ -206,9 +212,11 @@ class OnlineAgent:
                     "an environment ended and next_observation was not given: pass dqn_jax.true_successors(observation, infos), "
                     "with the vector environment made with autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP"
                 )
+            self._check_succession(checked, checked, last)
             return np.array(self._advance(checked, outcome))
         successor = self._checks["observation", False](next_observation)
         spaces.require_actions_allowed(successor, ended)
+        self._check_succession(successor, checked, last)
         action = np.array(self._advance(checked, outcome, successor))
         self._episodes += int(last.sum())
         return action
@@ -266,7 +274,9 @@ class OnlineAgent:
         Args:
           path: the file.
         """
-        checkpoint.save(path, self.run_state, {"agent": type(self).__name__, "num_envs": self.num_envs})
+        self._store()
+        # The live state, not a copy of it: nothing is donated while it is written.
+        checkpoint.save(path, self._with_counts(self._live_state()), {"agent": type(self).__name__, "num_envs": self.num_envs})
 
     def load(self, path: str | os.PathLike) -> None:
         """Restores what ``save`` wrote; the agent goes on exactly where the saved one stopped. On an error it stays as it was.
@@ -281,8 +291,24 @@ class OnlineAgent:
         self.restore(checkpoint.load(path, self._with_counts(self._live_state()))[0])
 
     def compile(self) -> None:
-        """Compiles everything now, so that no later call waits for it. Works on copies, of the replay too: the agent does not change."""
-        memory, learner = jax.tree.map(jnp.copy, (self._cell[MEMORY], self._cell[LEARNER]))
+        """Compiles everything now, so that no later call waits for it. The agent does not change: this works on copies.
+
+        Of the replay, too, unless it is empty: then it is used up and made anew, since a large one may not fit into memory twice.
+        """
+        is_empty = int(np.array(self._part(MEMORY).size)) == 0
+        learner = jax.tree.map(jnp.copy, self._cell[LEARNER])
+        memory = self._cell[MEMORY] if is_empty else jax.tree.map(jnp.copy, self._cell[MEMORY])
+        try:
+            self._compile(learner, memory)
+        finally:
+            if is_empty:
+                del memory
+                self._cell[MEMORY] = ()
+                make = jax.jit(lambda key: self._agent.init(key, self._example).memory)
+                self._cell[MEMORY] = self._parts.memory.pack(make(self._key))
+
+    def _compile(self, learner: Any, memory: Any) -> None:
+        """Calls every program once; ``learner`` and ``memory`` are used up."""
         arrays, counts = [np.zeros_like(array) for array in self._unstaged.arrays], self._counts(0)
         programs = self._programs
         programs.exploit(learner, self._example)
@@ -405,6 +431,10 @@ class OnlineAgent:
         checked = self._checks["observation", single](observation)
         spaces.require_actions_allowed(checked)
         return checked
+
+    def _check_succession(self, successor: Any, following: Any, last: np.ndarray) -> None:
+        if self._require_succession is not None and self._pending is not None:
+            self._require_succession(self._pending[0], successor, following, last)
 
     def _require_single(self, method: str) -> None:
         if self.num_envs != 1:

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dqn_jax import checkpoint, envs, footprint, spaces, training
-from dqn_jax.presets import DQN, dqn, dqn_options, epsilon_schedule, read_spaces
+from dqn_jax.options import dqn_options, epsilon_schedule
+from dqn_jax.presets import DQN, dqn, read_spaces
 from dqn_jax.types import Agent
 
 CHUNKS = 100  # Points of the learning curve; progress is shown and an interrupt is heeded between them.
@@ -200,6 +201,7 @@ def read_task(folder: Path) -> Task:
     saved = json.loads(path.read_text())
     if ":" in saved["env"]:  # gymnasium.make would import the module before the colon.
         raise ValueError(f"{path} names the environment {saved['env']!r}: a module to import is not taken from a file")
+    saved["options"].setdefault("encoder", "flat")  # Runs from before there were others.
     return Task(**saved)
 
 

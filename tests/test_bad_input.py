@@ -336,7 +336,11 @@ OPTIONS = [
     ({"capacity": 1e4}, TypeError, "capacity must be a whole number, got 10000.0"),
     ({"replay_start_size": -1}, ValueError, "replay_start_size must be at least 0, got -1"),
     ({"replay_start_size": "4"}, TypeError, "replay_start_size"),
-    ({"replay_start_size": 3}, ValueError, "batch_size 4 exceeds replay_start_size 3"),
+    (
+        {"replay_start_size": 3, "update_interval": 1},
+        ValueError,
+        "batch_size 4 exceeds the 3 transitions stored when learning starts",
+    ),
     ({"prioritized": "yes"}, TypeError, "prioritized must be True or False, got 'yes'"),
     ({"prioritized": True, "alpha": 1.5}, ValueError, "alpha must be in [0, 1], got 1.5"),
     ({"prioritized": True, "alpha": NAN}, ValueError, "alpha"),
@@ -396,7 +400,7 @@ def test_a_replay_larger_than_the_memory_is_refused_in_bytes_before_anything_is_
     # Of each transition two observations, action, reward, discount and whether it is the last; beside them what is learnt, and counters.
     with pytest.raises(MemoryError, match=r"^7,4\d{2} bytes are needed .* has 7,000"):
         DQN(PLAIN, **{**SMALL, "capacity": 200})
-    with pytest.raises(MemoryError, match="lower capacity, or keep each image once"):
+    with pytest.raises(MemoryError, match="lower capacity, or, for images, keep each once"):
         dqn_jax.train(agent, env, num_steps=10)
 
 

@@ -17,7 +17,7 @@ from dqn_jax import cli, envs
 from dqn_jax.runs import CompiledRuns, HostRuns, play_greedily
 
 STEPS = 600
-TINY = ["--steps", STEPS, "--replay-start-size", 100, "--update-interval", 4, "--hidden", 8, "--eval-episodes", 2]
+TINY = ["--steps", STEPS, "--replay-start-size", 100, "--update-interval", 4, "--batch-size", 64, "--hidden", 8, "--eval-episodes", 2]
 HOST, COMPILED = "CartPole-v1", "phys2d/CartPole-v1"
 SUMMARY = {
     *("algo", "env", "steps", "seeds", "eval_return", "online_return", "eval_iqm", "eval_interval", "online_iqm", "online_interval"),

@@ -16,7 +16,7 @@ FOUNDATION = {"types"}
 TOOLS = {"returns", "networks", "policies", "normalize", "spaces"}
 DATA = {"memory", "algorithms", "curiosity", "envs"}
 DRIVERS = {"training", "programs", "online"}
-BELOW_PRESETS = FOUNDATION | TOOLS | DATA | {"agent", "checkpoint", "footprint"} | DRIVERS
+BELOW_PRESETS = FOUNDATION | TOOLS | DATA | {"agent", "checkpoint", "footprint", "options"} | DRIVERS
 # What each room may import, besides itself. A new room needs a line here: say where it stands.
 MAY_IMPORT = {
     "types": set(),
@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "training": FOUNDATION | {"checkpoint", "footprint"},
     "programs": FOUNDATION,
     "online": FOUNDATION | {"checkpoint", "footprint", "spaces", "programs"},
+    "options": set(),
     "presets": BELOW_PRESETS,
     "statistics": set(),
     "runs": BELOW_PRESETS | {"presets"},

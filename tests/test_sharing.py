@@ -36,7 +36,7 @@ def play(memory, num_rows):
         row = Transition(observation, action, result.reward, 1.0 - result.terminated, result.next_observation, last)
         near_state = near.observe(near_state, row)
         near_state, _ = near.update(near_state, near.draw(near_state, t))
-        far_state = far_state._replace(memory=near_state.memory, step=near_state.step)
+        far_state = far_state._replace(memory=near_state.memory, step=far_state.step + 2)
         far_state, _ = far.update(far_state, far.draw(far_state, t))
         return (near_state._replace(memory=far_state.memory), far_state._replace(memory=()), env_state, result.observation), action
 

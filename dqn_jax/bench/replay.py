@@ -80,14 +80,21 @@ def ours(capacity: int, batch_size: int, priorities: np.ndarray) -> dict[str, Ro
     add = jax.jit(add_all, donate_argnums=0)
     for _ in range(capacity // CHUNK):
         state = add(state, rows())
-    draws = jax.jit(jax.vmap(memory.noise))(jax.random.split(jax.random.key(0), CALLS))
+    keys = jax.random.split(jax.random.key(0), CALLS)
 
     def step(state: Any, drawn: tuple[Any, Any]) -> tuple[Any, None]:
         noise, priority = drawn
         batch = memory.sample(state, noise)
         return memory.reweigh(state, batch.index, priority + 0.0 * _used(batch)), None
 
-    return _jax_rounds(state, step, (draws, jnp.asarray(priorities)), memory.sample, lambda s, b, p: memory.reweigh(s, b.index, p))
+    def inside(state: Any, drawn: tuple[Any, Any]) -> Any:
+        keys, priorities = drawn  # What all samplings draw is drawn at once, in the same program, as the compiled loop does.
+        return jax.lax.scan(step, state, (jax.vmap(memory.noise)(keys), priorities))[0]
+
+    def sample(state: Any, key: Any) -> Any:
+        return memory.sample(state, memory.noise(key))
+
+    return _jax_rounds(state, inside, (keys, jnp.asarray(priorities)), sample, lambda s, b, p: memory.reweigh(s, b.index, p))
 
 
 def flashbax(capacity: int, batch_size: int, priorities: np.ndarray) -> dict[str, Round]:
@@ -118,10 +125,13 @@ def flashbax(capacity: int, batch_size: int, priorities: np.ndarray) -> dict[str
         used = _used((batch.experience, batch.probabilities))
         return buffer.set_priorities(state, batch.indices, priority + 0.0 * used), None
 
+    def inside(state: Any, drawn: tuple[Any, Any]) -> Any:
+        return jax.lax.scan(step, state, drawn)[0]
+
     def reweigh(state: Any, batch: Any, priority: Any) -> Any:
         return buffer.set_priorities(state, batch.indices, priority)
 
-    return _jax_rounds(state, step, (keys, jnp.asarray(priorities)), buffer.sample, reweigh)
+    return _jax_rounds(state, inside, (keys, jnp.asarray(priorities)), buffer.sample, reweigh)
 
 
 def cpprb(capacity: int, batch_size: int, priorities: np.ndarray) -> dict[str, Round]:
@@ -151,10 +161,10 @@ def _used(batch: Any) -> jax.Array:
     return jnp.asarray(sum(jnp.sum(leaf, dtype=jnp.float32) for leaf in jax.tree.leaves(batch)))
 
 
-def _jax_rounds(state: Any, step: Any, drawn: tuple[Any, Any], sample: Any, reweigh: Any) -> dict[str, Round]:
+def _jax_rounds(state: Any, all_inside: Any, drawn: tuple[Any, Any], sample: Any, reweigh: Any) -> dict[str, Round]:
     """Both ways to use a buffer that is written in JAX."""
     cell = [state]
-    compiled = jax.jit(lambda state, drawn: jax.lax.scan(step, state, drawn)[0], donate_argnums=0)
+    compiled = jax.jit(all_inside, donate_argnums=0)
     sample_alone, reweigh_alone = jax.jit(sample), jax.jit(reweigh, donate_argnums=0)
     each = [jax.tree.map(lambda leaf, i=i: leaf[i], drawn) for i in range(CALLS)]
 

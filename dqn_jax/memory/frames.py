@@ -9,6 +9,7 @@ successor is a frame like any other: the true final observation costs no store b
 Transitions whose frames have been overwritten cannot be drawn; of each environment the newest can, as many as have all their frames.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
@@ -51,7 +52,8 @@ def frames(capacity: int, *, stack: int | None = None, stack_axis: int = 0, n_st
     Every observation must be the one before it, its oldest frame dropped and a new one appended, or begin an episode.
 
     Args:
-      capacity: frames kept; rounded down to a multiple of the number of environments. An episode of L steps takes L + S of them.
+      capacity: frames kept; rounded down to a multiple of the number of environments. An episode of L steps takes L + S of them, so a
+        replay of short episodes of deep stacks holds far fewer transitions than this.
       stack: the frames S in an observation, oldest first; None where an observation is a single frame without an axis for the stack.
       stack_axis: the axis of one observation along which frames are stacked: 0 as Gymnasium's FrameStackObservation does, -1 for
         channels last.
@@ -148,15 +150,34 @@ def frames(capacity: int, *, stack: int | None = None, stack_axis: int = 0, n_st
     return Storage(capacity, init, add, cut, slot, window)
 
 
-def require_stack(observation: np.ndarray, successor: np.ndarray, stack_axis: int) -> None:
-    """Raises ValueError if a successor ``[N, ...]`` is not its observation with the oldest frame dropped and a new one appended."""
-    axis = _after_batch(stack_axis)
-    shared = np.delete(observation, 0, axis), np.delete(successor, -1, axis)
-    if not np.array_equal(*shared):
-        raise ValueError(
-            f"the next observation does not hold the older frames of the one before it along axis {stack_axis}: these are no stacked "
-            'frames, oldest first. Set frames to "single" if that axis holds colours or the like, or to "off"'
-        )
+def require_succession(stack_axis: int | None) -> Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], None]:
+    """A check, for the boundary, of what could not be put together again once it is stored.
+
+    Args:
+      stack_axis: as for ``frames``; None where an observation is a single frame.
+
+    Returns:
+      A function of the observation, its successor, what follows (after an end the first observation of the next episode), all
+      ``[N, ...]``, and whether the episode ended ``[N]``. It raises ValueError if the successor is not the observation with its oldest
+      frame dropped and a new one appended, or if the episode goes on with anything but the successor.
+    """
+
+    def check(observation: np.ndarray, successor: np.ndarray, following: np.ndarray, last: np.ndarray) -> None:
+        if stack_axis is not None:
+            axis = _after_batch(stack_axis)
+            older, newer = np.moveaxis(observation, axis, 1)[:, 1:], np.moveaxis(successor, axis, 1)[:, :-1]
+            if not np.array_equal(older, newer):
+                raise ValueError(
+                    f"the next observation does not hold the older frames of the one before it along axis {stack_axis}: these are no "
+                    'stacked frames, oldest first. Set frames to "single" if that axis holds colours or the like, or to "off"'
+                )
+        if following is not successor and not np.array_equal(following[~last], successor[~last]):
+            raise ValueError(
+                "next_observation differs from observation where no episode ended: with each frame stored once the one must go on with "
+                'the other. Set frames to "off", or pass dqn_jax.true_successors(observation, infos)'
+            )
+
+    return check
 
 
 def _after_batch(axis: int) -> int:

@@ -19,12 +19,17 @@ class Ring(NamedTuple):
     Attributes:
       rows: Transition of ``[T, N, ...]``.
       cursor: the row that the next ``add`` writes, int32.
-      size: transitions stored, int32, at most T N.
+      filled: rows filled so far, int32, at most T.
     """
 
     rows: Transition
     cursor: chex.Array
-    size: chex.Array
+    filled: chex.Array
+
+    @property
+    def size(self) -> chex.Array:
+        """Transitions that can be drawn, of all environments."""
+        return self.filled * self.rows.reward.shape[-1]
 
 
 def ring(capacity: int, *, n_steps: int = 1) -> Storage:
@@ -52,11 +57,11 @@ def ring(capacity: int, *, n_steps: int = 1) -> Storage:
         length, num_envs = state.rows.reward.shape
         rows = write_row(state.rows, state.cursor, transition)
         filled = state.cursor * num_envs + jnp.arange(num_envs)  # [N]
-        size = jnp.minimum(state.size + num_envs, length * num_envs)
-        return Ring(rows, (state.cursor + 1) % length, size), filled, jnp.zeros((0,), jnp.int32)
+        state = Ring(rows, (state.cursor + 1) % length, jnp.minimum(state.filled + 1, length))
+        return state, filled, jnp.zeros((0,), jnp.int32)
 
     def cut(state: Ring, mask: chex.Array) -> Ring:
-        return state._replace(rows=end_newest(state.rows, state.cursor, mask & (state.size > 0)))
+        return state._replace(rows=end_newest(state.rows, state.cursor, mask & (state.filled > 0)))
 
     def slot(state: Ring, number: chex.Array) -> chex.Array:
         del state  # The first rows are the filled ones.
