@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -101,8 +102,9 @@ def main(args: list[str] | None = None) -> None:
         say(f"error: {error}")
         sys.exit(2)
     except KeyboardInterrupt:
-        say("interrupted; what was saved stays")
-        sys.exit(130)
+        say("interrupted: nothing was saved" if isinstance(command, Train) and command.resume is None else "interrupted")
+        # At once: a compilation that is still under way in another thread would crash the interpreter on its way out.
+        os._exit(130)
     if command.json:
         print(json.dumps(summary), flush=True)
 
@@ -154,7 +156,10 @@ def _choose_threads(task: Task) -> None:
 def _has_large_images(task: Task) -> bool:
     if envs.is_jax_env(task.env):  # Making one would start JAX, and then it is too late to choose. Theirs are small.
         return False
-    env = gymnasium.make(task.env, **task.env_args)
+    try:
+        env = gymnasium.make(task.env, **task.env_args)
+    except Exception:  # What is wrong is said when the run makes its own.
+        return False
     env.close()
     return encoder_of(DQNOptions(**task.options), env.observation_space)[0] == "nature"
 

@@ -273,6 +273,11 @@ def _require_counts(task: Task) -> None:
     for name, low in lowest.items():
         if getattr(task, name) < low:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(task, name)}")
+    if task.steps <= task.options["replay_start_size"]:
+        raise ValueError(
+            f"--steps {task.steps} end before learning starts: ask for more than --replay-start-size {task.options['replay_start_size']}, "
+            "or lower that"
+        )
 
 
 def _over_seeds(name: str, values: np.ndarray) -> dict[str, Any]:

@@ -169,8 +169,6 @@ def dqn_options(**options: Any) -> DQNOptions:
         raise ValueError(f"replay_start_size {o.replay_start_size} exceeds capacity {o.capacity}: the replay would never hold so many")
     if o.batch_size > o.capacity:
         raise ValueError(f"batch_size {o.batch_size} exceeds capacity {o.capacity}: raise capacity or lower batch_size")
-    if o.n_steps > o.capacity:
-        raise ValueError(f"n_steps {o.n_steps} exceeds capacity {o.capacity}: raise capacity or lower n_steps")
     first = max(1, -(-o.replay_start_size // o.update_interval)) * o.update_interval
     if first < o.batch_size:
         raise ValueError(

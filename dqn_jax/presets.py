@@ -19,6 +19,7 @@ from dqn_jax.options import DQNOptions, dqn_options, epsilon_schedule, require_i
 from dqn_jax.types import Agent, AgentState, Env, Masked, Storage
 
 NATURE_SIDE = 36  # Pixels: the smallest image that Nature's three convolutions leave something of.
+LONGEST_STACK = 16  # Frames: a longer axis, unless the image is that small, is a side of the image.
 STACK_AXIS = {"stack_first": 0, "stack_last": -1}  # Along which axis frames are stacked, by the option ``frames``.
 
 
@@ -54,6 +55,7 @@ def dqn(env_or_spaces: Any, *, network: Any = None, optimizer: optax.GradientTra
     for name, given, functions in (("network", network, ("init", "apply")), ("optimizer", optimizer, ("init", "update"))):
         if given is not None and not all(hasattr(given, function) for function in functions):
             raise TypeError(f"{name} must have the functions {' and '.join(functions)}, got {given!r}")
+    storage = _storage(o, observation_space)
     if network is None:
         network = _network(o, observation_space, num_actions)
     if optimizer is None:
@@ -74,7 +76,6 @@ def dqn(env_or_spaces: Any, *, network: Any = None, optimizer: optax.GradientTra
         target_update_interval=target_update_interval,
         tau=tau,
     )
-    storage = _storage(o, observation_space)
     beta = schedule(o.beta)
     memory = prioritized(storage, o.batch_size, alpha=o.alpha, beta=beta) if o.prioritized else uniform(storage, o.batch_size)
     return assemble(
@@ -190,6 +191,11 @@ def _storage(options: DQNOptions, observation_space: gymnasium.Space) -> Storage
         raise TypeError(f"frames={options.frames!r} stores images of uint8 or bool, the observation space is {observation_space}")
     if axis is None:
         return frames(options.capacity, n_steps=options.n_steps)
+    if shape[axis] > max(LONGEST_STACK, min(shape)):
+        raise ValueError(
+            f"frames={options.frames!r} takes axis {axis} of {shape}, {shape[axis]} long, for a stack of frames: "
+            "name the end where the stack is, or 'single' where an observation is one frame"
+        )
     return frames(options.capacity, stack=shape[axis], stack_axis=axis, n_steps=options.n_steps)
 
 

@@ -132,7 +132,7 @@ def image(space: spaces.Space, channels_first: bool = False) -> Callable[[chex.A
         assert isinstance(space, spaces.Dict)
         return image(space["observation"], channels_first)
     if len(_shape(space)) not in (2, 3):
-        raise ValueError(f"an image has two or three axes, got {space}: use spaces.features and a network of vectors")
+        raise ValueError(f"an image has two or three axes, got {space}: let a network of vectors see it (encoder 'flat' or 'auto')")
     scale, flat = _scale(space), len(_shape(space)) == 2
 
     def read(x: chex.Array) -> chex.Array:

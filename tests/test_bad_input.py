@@ -349,6 +349,7 @@ OPTIONS = [
     ({"prioritized": True, "beta": "0.4"}, TypeError, "beta"),
     ({"frames": "yes"}, ValueError, "frames must be one of 'off', 'single', 'stack_first', 'stack_last', got 'yes'"),
     ({"frames": "single"}, TypeError, "stores images of uint8 or bool, the observation space is Box"),
+    ({"prioritized": True, "n_steps": 33}, ValueError, "n_steps 33 exceeds capacity 32"),
     ({"encoder": "resnet"}, ValueError, "encoder must be one of 'auto', 'flat', 'nature', 'minatar', got 'resnet'"),
     ({"network": None, "encoder": "nature"}, ValueError, "an image has two or three axes"),
     ({"capacity": 10**11}, MemoryError, "bytes are needed"),
@@ -420,10 +421,33 @@ def test_a_stack_that_is_none_is_refused(name):
     shape, frames, see = IMAGES[name]
     both = spaces.Box(0, 255, shape, np.uint8), spaces.Discrete(2)
     agent = DQN(both, **{**SMALL, "frames": frames})
+    stack = np.arange(np.prod(shape), dtype=np.uint8).reshape(shape)
     agent.act_and_train(see(1).astype(np.uint8), 0.0)
-    with pytest.raises(ValueError, match="these are no stacked frames, oldest first"):
-        agent.act_and_train(see(2).astype(np.uint8), 0.0)
-    assert agent.get_statistics()["t"] == 0
+    caught = unchanged_by(
+        agent,
+        lambda: agent.act_and_train(see(2).astype(np.uint8), 0.0),
+        lambda: agent.act_and_train(np.concatenate([see(1)[1:], stack[:1]]).astype(np.uint8), 0.0),
+    )
+    check(caught, ValueError, "no stacked frames, oldest first")
+
+
+@pytest.mark.parametrize(("shape", "frames"), [((4, 84, 84), "stack_last"), ((84, 84, 3), "stack_first")])
+def test_a_side_of_an_image_is_not_taken_for_a_stack(shape, frames):
+    with pytest.raises(ValueError, match=f"'{frames}' takes axis .* 84 long, for a stack of frames"):
+        DQN((spaces.Box(0, 255, shape, np.uint8), spaces.Discrete(2)), frames=frames)
+
+
+def test_successors_that_differ_from_what_follows_are_refused_where_frames_are_shared():
+    agent = DQN((spaces.Box(0, 255, (4, 4), np.uint8), spaces.Discrete(2)), num_envs=2, **{**SMALL, "frames": "single"})
+    one, other, no = np.zeros((2, 4, 4), np.uint8), np.ones((2, 4, 4), np.uint8), np.zeros(2, bool)
+    agent.batch_act_and_train(one)
+    agent.batch_act_and_train(one, np.ones(2), ~no, no, other)  # Both ended: what follows is another episode.
+    caught = unchanged_by(
+        agent,
+        lambda: agent.batch_act_and_train(one, np.ones(2), no, no, other),
+        lambda: agent.batch_act_and_train(one, np.ones(2), no, no, one),
+    )
+    check(caught, ValueError, "next_observation differs from observation where no episode ended")
 
 
 def test_a_stack_is_taken():

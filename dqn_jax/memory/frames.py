@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dqn_jax.memory.ring import end_newest, num_rows, require_counts, walk, write_row
+from dqn_jax.memory.ring import end_newest, num_rows, require_counts, require_window, walk, write_row
 from dqn_jax.types import Storage, Transition
 
 
@@ -68,6 +68,7 @@ def frames(capacity: int, *, stack: int | None = None, stack_axis: int = 0, n_st
     """
     depth = 1 if stack is None else stack  # S
     require_counts(capacity=capacity, stack=depth, n_steps=n_steps)
+    require_window(capacity, n_steps)
 
     def unstack(observation: chex.Array) -> chex.Array:
         """The frames ``[S, N, ...]`` of observations ``[N, ...]``."""

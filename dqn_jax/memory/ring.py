@@ -46,6 +46,7 @@ def ring(capacity: int, *, n_steps: int = 1) -> Storage:
       ValueError: if a number is below one, or the capacity cannot hold a window.
     """
     require_counts(capacity=capacity, n_steps=n_steps)
+    require_window(capacity, n_steps)
 
     def init(transition: Transition) -> Ring:
         (num_envs,) = transition.reward.shape
@@ -127,6 +128,12 @@ def num_rows(capacity: int, num_envs: int, at_least: int) -> int:
             f"raise capacity to at least {at_least * num_envs}, or lower n_steps"
         )
     return length
+
+
+def require_window(capacity: int, n_steps: int) -> None:
+    """Raises ValueError if the capacity cannot hold a window, however few the environments."""
+    if n_steps > capacity:
+        raise ValueError(f"n_steps {n_steps} exceeds capacity {capacity}: raise capacity or lower n_steps")
 
 
 def require_counts(**counts: int) -> None:
