@@ -154,9 +154,9 @@ def _choose_threads(task: Task) -> None:
 
 
 def _has_large_images(task: Task) -> bool:
-    if envs.is_jax_env(task.env):  # Making one would start JAX, and then it is too late to choose. Theirs are small.
-        return False
     try:
+        if envs.is_jax_env(task.env):  # Making one would start JAX, and then it is too late to choose. Theirs are small.
+            return False
         env = gymnasium.make(task.env, **task.env_args)
     except Exception:  # What is wrong is said when the run makes its own.
         return False

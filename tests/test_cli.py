@@ -402,3 +402,14 @@ def test_a_run_becomes_an_agent(finished, summary_of):
         dqn_jax.load_run(folder, env, seed=3)
     with pytest.raises(FileNotFoundError, match="no run at"):
         dqn_jax.load_run(folder / "nowhere", env)
+
+
+def test_steps_that_end_before_learning_starts_are_refused(dqn_jax_command):
+    code, _, err = dqn_jax_command("train", "CartPole-v1", "--steps", "1000")
+    assert code == 2
+    assert "--steps 1000 end before learning starts: ask for more than --replay-start-size 1000" in err
+
+
+@pytest.mark.parametrize(("text", "value"), [("False", False), ("true", True), ("0.1", 0.1), ("word", "word")])
+def test_values_of_env_args(text, value):
+    assert cli._parse_env_arg(f"name={text}") == ("name", value)

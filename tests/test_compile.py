@@ -91,9 +91,12 @@ def test_batches_compile_once_with_successors_and_without():
     assert compilations(agent) == {**dict.fromkeys(compilations(agent), 1), "exploit": 0}
 
 
-@pytest.mark.parametrize("num_envs", [1, 2])
-def test_compile_leaves_nothing_to_compile_and_changes_nothing(num_envs, caplog):
-    agent = DQN(SPACES, num_envs=num_envs, capacity=64, **SMALL)
+@pytest.mark.parametrize(("num_envs", "rows"), [(1, 0), (2, 0), (2, 3)])
+def test_compile_leaves_nothing_to_compile_and_changes_nothing(num_envs, rows, caplog):
+    agent = DQN(SPACES, num_envs=num_envs, capacity=64, prioritized=True, **SMALL)
+    for row in range(rows + 1 if rows else 0):
+        outcome = (np.ones(2), np.zeros(2, bool), np.zeros(2, bool)) if row else ()
+        agent.batch_act_and_train(np.ones((2, 8)), *outcome)
     before = digest(agent.state)
     agent.compile()
     assert digest(agent.state) == before

@@ -67,8 +67,8 @@ def stored(state):
     """The replay's rows, oldest first, as NumPy: a Transition of ``[T, N, ...]``."""
     memory = jax.device_get(state.memory)
     length = memory.rows.reward.shape[0]
-    order = np.arange(length) if memory.size == length else np.arange(memory.size)
-    order = (order + memory.cursor) % length if memory.size == length else order
+    order = np.arange(length) if memory.filled == length else np.arange(memory.filled)
+    order = (order + memory.cursor) % length if memory.filled == length else order
     return jax.tree.map(lambda leaf: leaf[order], memory.rows)
 
 

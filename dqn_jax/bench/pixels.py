@@ -23,6 +23,7 @@ from flax import linen as nn
 from dqn_jax.algorithms.dqn import dqn
 from dqn_jax.bench import machine
 from dqn_jax.networks import MINATAR, NATURE, ConvQNetwork
+from dqn_jax.programs import compute_inline
 from dqn_jax.types import Batch, Transition
 
 WORK = {
@@ -38,6 +39,8 @@ class Options:
 
     repeats: int = 9
     """Rounds, in which all contenders take turns."""
+    inline: bool = False
+    """Compute on the one thread that asks, as ``dqn-jax train`` does for small networks (``dqn_jax.compute_inline``)."""
     out: Path | None = None
     """A JSON file for everything measured."""
 
@@ -111,6 +114,8 @@ def measure(name: str, repeats: int) -> dict[str, dict[str, float]]:
 def main() -> None:
     """Measures, prints a table, and writes everything to ``--out``."""
     options = tyro.cli(Options, description=__doc__)
+    if options.inline:
+        compute_inline()
     report: dict[str, Any] = {"machine": machine.describe(), "device": str(jax.devices()[0]), "update_ms": {}}
     for name in WORK:
         report["update_ms"][name] = measured = measure(name, options.repeats)

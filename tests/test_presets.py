@@ -1,0 +1,85 @@
+"""What a preset makes of its options: the network and the replay that go with the spaces."""
+
+import gymnasium
+import jax
+import numpy as np
+import pytest
+from gymnasium import spaces
+
+import dqn_jax
+from dqn_jax import PRESETS, DQNOptions
+from dqn_jax.memory.frames import Frames
+from dqn_jax.memory.prioritized import Prioritized
+from dqn_jax.memory.ring import Ring
+from dqn_jax.presets import encoder_of
+
+ACTIONS = spaces.Discrete(3)
+
+
+def image(*shape, dtype=np.uint8):
+    return spaces.Box(0, 1 if dtype is bool else 255, shape, dtype)
+
+
+@pytest.mark.parametrize(
+    ("space", "options", "expected"),
+    [
+        (spaces.Box(-1, 1, (4,)), {}, ("flat", False)),
+        (image(28), {}, ("flat", False)),  # A vector of bytes.
+        (spaces.Box(0, 1, (84, 84, 4), np.float32), {}, ("flat", False)),
+        (image(84, 84), {}, ("nature", False)),
+        (image(4, 84, 84), {}, ("nature", True)),
+        (image(84, 84, 4), {}, ("nature", False)),
+        (image(210, 160, 3), {}, ("nature", False)),
+        (image(10, 10, 4, dtype=bool), {}, ("minatar", False)),
+        (image(10, 10, 10, dtype=bool), {}, ("minatar", False)),
+        (image(4, 4, 31, dtype=bool), {}, ("minatar", False)),  # pgx/2048: more channels than cells.
+        (image(2, 2, 5), {}, ("flat", False)),
+        (image(12, 10, 10), {"frames": "stack_first"}, ("minatar", True)),
+        (image(84, 84, 4), {"encoder": "flat"}, ("flat", False)),
+        (image(4, 84, 84, 3), {}, ("flat", False)),
+        (spaces.Dict({"observation": image(4, 84, 84), "action_mask": spaces.MultiBinary(3)}), {}, ("nature", True)),
+    ],
+    ids=str,
+)
+def test_the_network_goes_with_the_observations(space, options, expected):
+    assert encoder_of(DQNOptions(**options), space) == expected
+    dqn_jax.dqn((space, ACTIONS), capacity=1_000, **options)  # It can be built.
+
+
+def state_of(space, **options):
+    agent = dqn_jax.dqn((space, ACTIONS), **options)
+    example = jax.ShapeDtypeStruct((1, *space.shape), space.dtype)
+    return jax.eval_shape(agent.init, jax.random.key(0), example)
+
+
+@pytest.mark.parametrize(("encoder", "layers"), [("nature", 3 + 2), ("minatar", 1 + 2), ("flat", 3)])
+def test_hidden_layers_by_default(encoder, layers):
+    state = state_of(image(84, 84, 4), encoder=encoder, capacity=1_000)
+    assert len(state.learner.params["params"]) == layers
+    width = {"nature": 512, "minatar": 128, "flat": 64}[encoder]
+    assert state.learner.params["params"]["Dense_0"]["bias"].shape == (width,)
+
+
+def test_the_options_choose_the_replay():
+    kinds = {
+        (False, "off"): Ring,
+        (False, "stack_last"): Frames,
+        (True, "off"): Prioritized,
+        (True, "stack_last"): Prioritized,
+    }
+    for (prioritized, frames), kind in kinds.items():
+        memory = state_of(image(84, 84, 4), prioritized=prioritized, frames=frames, capacity=1_000).memory
+        assert type(memory) is kind
+        if prioritized:
+            assert type(memory.stored) is (Ring if frames == "off" else Frames)
+
+
+def test_a_million_frames_fit_in_what_the_readme_says():
+    memory = state_of(image(4, 84, 84), frames="stack_first", prioritized=True, capacity=1_000_000).memory
+    assert sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(memory)) <= 7.085e9
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_makes_an_agent(name):
+    space = image(10, 10, 4, dtype=bool) if name == "minatar" else gymnasium.make("CartPole-v1").observation_space
+    dqn_jax.DQN((space, ACTIONS), **PRESETS[name])
