@@ -328,3 +328,29 @@ def test_what_was_loaded_does_not_hang_on_the_file(two, blank, tmp_path):
     path.unlink()
     assert looks(agent) == before
     play(agent, 40, 60)
+
+
+def pictures(agent, first, last):
+    """As ``play``, of stacks of two images; every fifth step ends the episode, one way or the other."""
+    for number in range(first, last):
+        image = np.random.default_rng(number + 1).integers(256, size=(2, 3, 3), dtype=np.uint8)
+        image[0] = np.random.default_rng(number).integers(256, size=(2, 3, 3), dtype=np.uint8)[1]
+        if number % 6 == 5:
+            agent.stop_episode_and_train(image, 1.0, terminated=number % 4 == 1)
+        else:
+            agent.act_and_train(image, 1.0)
+
+
+@pytest.mark.parametrize("stop", [29, 30, 31, 100, 133])  # After the end of an episode, at a start, and past the wrap of the frames.
+def test_prioritized_frames_go_on_exactly(stop, tmp_path):
+    both = spaces.Box(0, 255, (2, 3, 3), np.uint8), spaces.Discrete(3)
+    options = {**SMALL, "prioritized": True, "frames": "stack_first", "beta": (0.4, 1.0, 80)}
+    straight = DQN(both, 3, **options)
+    pictures(straight, 0, stop)
+    straight.save(tmp_path / "agent")
+    pictures(straight, stop, 200)
+    other = DQN(both, 99, **options)
+    other.load(tmp_path / "agent")
+    pictures(other, stop, 200)
+    assert looks(other) == looks(straight)
+    assert straight.get_statistics()["n_updates"] > 30
