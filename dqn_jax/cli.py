@@ -102,7 +102,7 @@ def main(args: list[str] | None = None) -> None:
         say(f"error: {error}")
         sys.exit(2)
     except KeyboardInterrupt:
-        say("interrupted: nothing was saved" if isinstance(command, Train) and command.resume is None else "interrupted")
+        say("interrupted")
         # At once: a compilation that is still under way in another thread would crash the interpreter on its way out.
         os._exit(130)
     if command.json:
