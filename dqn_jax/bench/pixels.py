@@ -7,7 +7,6 @@ slower (jax-ml/jax#12868). Contenders take turns, compilation is apart, medians 
 
 import dataclasses
 import json
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,7 @@ import tyro
 from flax import linen as nn
 
 from dqn_jax.algorithms.dqn import dqn
-from dqn_jax.bench import machine
+from dqn_jax.bench import machine, report
 from dqn_jax.networks import MINATAR, NATURE, ConvQNetwork
 from dqn_jax.programs import compute_inline
 from dqn_jax.types import Batch, Transition
@@ -102,13 +101,13 @@ def measure(name: str, repeats: int) -> dict[str, dict[str, float]]:
     rounds = contenders(*WORK[name])
     for one in rounds.values():
         one()  # Compiles.
-    seconds: dict[str, list[float]] = {contender: [] for contender in rounds}
+    milliseconds: dict[str, list[float]] = {contender: [] for contender in rounds}
     for _ in range(repeats):
         for contender, one in rounds.items():
             begin = time.perf_counter()
             one()
-            seconds[contender].append(1e3 * (time.perf_counter() - begin) / updates)
-    return {who: {"median": statistics.median(ms), "min": min(ms), "max": max(ms)} for who, ms in seconds.items()}
+            milliseconds[contender].append(1e3 * (time.perf_counter() - begin) / updates)
+    return {contender: report.spread(ms) for contender, ms in milliseconds.items()}
 
 
 def main() -> None:
@@ -116,14 +115,12 @@ def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     if options.inline:
         compute_inline()
-    report: dict[str, Any] = {"machine": machine.describe(), "device": str(jax.devices()[0]), "update_ms": {}}
+    everything: dict[str, Any] = {"machine": machine.describe(), "device": str(jax.devices()[0]), "update_ms": {}}
     for name in WORK:
-        report["update_ms"][name] = measured = measure(name, options.repeats)
-        print(f"\nmilliseconds of one update, {name}")
-        for contender, value in measured.items():
-            print(f"  {contender:32} {value['median']:8.2f} ({value['min']:.2f}-{value['max']:.2f})", flush=True)
+        everything["update_ms"][name] = measured = measure(name, options.repeats)
+        report.show(f"milliseconds of one update, {name}", measured)
     if options.out is not None:
-        options.out.write_text(json.dumps(report, indent=2) + "\n")
+        options.out.write_text(json.dumps(everything, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ Contenders take turns in one process, compilation is apart, medians and ranges a
 import dataclasses
 import importlib.util
 import json
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from dqn_jax.bench import machine
+from dqn_jax.bench import machine, report
 from dqn_jax.envs import make
 from dqn_jax.memory.prioritized import prioritized
 from dqn_jax.memory.ring import ring
@@ -198,7 +197,7 @@ def measure_sampling(capacity: int, batch_size: int, repeats: int) -> dict[str, 
             for _ in range(5):
                 one()
             seconds[name].append(time.perf_counter() - begin)
-    return {name: _spread([1e6 * s / (5 * CALLS) for s in values]) for name, values in seconds.items()}
+    return {name: report.spread([1e6 * s / (5 * CALLS) for s in values]) for name, values in seconds.items()}
 
 
 def measure_loop(interval: int, steps: int, repeats: int) -> dict[str, dict[str, Any]]:
@@ -217,32 +216,24 @@ def measure_loop(interval: int, steps: int, repeats: int) -> dict[str, dict[str,
             jax.block_until_ready(run(jax.random.key(repeat)))
             speeds[name].append(steps / (time.perf_counter() - begin))
     ratios = [plain / weighed for plain, weighed in zip(speeds["uniform"], speeds["prioritized"], strict=True)]
-    return {**{name: _spread(values) for name, values in speeds.items()}, "times as long as uniform": _spread(ratios)}
-
-
-def _spread(values: list[float]) -> dict[str, Any]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    return {**{name: report.spread(values) for name, values in speeds.items()}, "times as long as uniform": report.spread(ratios)}
 
 
 def main() -> None:
     """Measures, prints tables, and writes everything to ``--out``."""
     options = tyro.cli(Options, description=__doc__)
-    report: dict[str, Any] = {"machine": machine.describe(), "device": str(jax.devices()[0]), "sampling_us": {}, "loop": {}}
+    everything: dict[str, Any] = {"machine": machine.describe(), "device": str(jax.devices()[0]), "sampling_us": {}, "loop": {}}
     for capacity in options.capacities:
         for batch_size in options.batch_sizes:
             measured = measure_sampling(capacity, batch_size, options.repeats)
-            report["sampling_us"][f"{capacity}, {batch_size}"] = measured
-            print(f"\nmicroseconds a batch of {batch_size} from {capacity:,} transitions")
-            for name, value in measured.items():
-                print(f"  {name:24} {value['median']:8.1f} ({value['min']:.1f}-{value['max']:.1f})", flush=True)
+            everything["sampling_us"][f"{capacity}, {batch_size}"] = measured
+            report.show(f"microseconds a batch of {batch_size} from {capacity:,} transitions", measured)
     for interval in (4, 1) if options.loop_steps else ():
         measured = measure_loop(interval, options.loop_steps, options.repeats)
-        report["loop"][interval] = measured
-        print(f"\nsteps per second of the compiled loop, an update every {interval} steps")
-        for name, value in measured.items():
-            print(f"  {name:24} {value['median']:10,.2f} ({value['min']:,.2f}-{value['max']:,.2f})", flush=True)
+        everything["loop"][interval] = measured
+        report.show(f"steps per second of the compiled loop, an update every {interval} steps", measured)
     if options.out is not None:
-        options.out.write_text(json.dumps(report, indent=2) + "\n")
+        options.out.write_text(json.dumps(everything, indent=2) + "\n")
 
 
 if __name__ == "__main__":
