@@ -15,6 +15,7 @@ from dqn_jax.memory.prioritized import prioritized
 from dqn_jax.memory.ring import ring
 from dqn_jax.memory.uniform import uniform
 from dqn_jax.online import OnlineAgent
+from dqn_jax.optimizers import join_small
 from dqn_jax.options import DQNOptions, dqn_options, epsilon_schedule, require_int, schedule
 from dqn_jax.types import Agent, AgentState, Env, Masked, Storage
 
@@ -59,9 +60,8 @@ def dqn(env_or_spaces: Any, *, network: Any = None, optimizer: optax.GradientTra
     if network is None:
         network = _network(o, observation_space, num_actions)
     if optimizer is None:
-        # Flattened: one array for all parameters. Each array that enters or leaves a small program costs more than its arithmetic.
         clip = optax.identity() if o.max_grad_norm is None else optax.clip_by_global_norm(o.max_grad_norm)
-        optimizer = optax.flatten(optax.chain(clip, optax.adam(o.learning_rate)))
+        optimizer = join_small(optax.chain(clip, optax.adam(o.learning_rate)))
     tau, target_update_interval = o.tau, o.target_update_interval
     if tau is None:
         tau = 0.005 if target_update_interval is None else 1.0

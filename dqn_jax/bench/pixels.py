@@ -22,6 +22,7 @@ from flax import linen as nn
 from dqn_jax.algorithms.dqn import dqn
 from dqn_jax.bench import machine, report
 from dqn_jax.networks import MINATAR, NATURE, ConvQNetwork
+from dqn_jax.optimizers import join_small
 from dqn_jax.programs import compute_inline
 from dqn_jax.types import Batch, Transition
 
@@ -74,7 +75,7 @@ def contenders(convolutions: Any, hidden: Any, shape: tuple[int, ...], batch_siz
     }
     rounds: dict[str, Callable[[], Any]] = {}
     for name, network in networks.items():
-        algorithm = dqn(network, optax.flatten(optax.adam(1e-4)), epsilon=0.1)
+        algorithm = dqn(network, join_small(optax.adam(1e-4)), epsilon=0.1)
         learner = jax.jit(algorithm.init)(jax.random.key(0), images[0])
 
         def update(learner: Any, batch: Batch, learn: Any = algorithm.learn) -> Any:
