@@ -151,7 +151,8 @@ class DQN(OnlineAgent):
 
     def get_statistics(self) -> dict[str, float]:
         """As ``OnlineAgent.get_statistics``, and ``epsilon`` of the next decision."""
-        return {**super().get_statistics(), "epsilon": float(self._epsilon(self._step))}
+        statistics = super().get_statistics()
+        return {**statistics, "epsilon": float(self._epsilon(statistics["t"]))}
 
 
 def _network(options: DQNOptions, observation_space: gymnasium.Space, num_actions: int) -> networks.QNetwork | networks.ConvQNetwork:

@@ -1,4 +1,4 @@
-"""The compiled programs of the host driver, the rows that wait for them, and the random numbers drawn ahead for them.
+"""The compiled programs of the host driver, and how what they take is packed.
 
 To decide changes nothing on the device. What happened is collected on the host and stored by the program that learns from it, so most
 steps cost one small program. Each program takes only what it reads and returns only what it changes, because each array that enters
@@ -8,7 +8,6 @@ What a program donates travels as builtin tuples of raw arrays. To hand out a Na
 arrays are gone, and an interrupt that strikes there would lose both old and new.
 """
 
-import copy
 import math
 import os
 from collections.abc import Callable
@@ -19,11 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dqn_jax.types import Agent, AgentState, Decision, Transition
+from dqn_jax.types import Agent, AgentState, Transition
 
-AHEAD_BYTES = 1 << 20  # What a block of random numbers, drawn ahead in one call, may take.
-AHEAD_ROWS = 1024
-STAGED_BYTES = 1 << 20  # What the rows that wait to be stored may take.
+_INLINE = False  # Whether ``compute_inline`` has been called.
 
 
 def compute_inline() -> None:
@@ -42,6 +39,13 @@ def compute_inline() -> None:
         raise RuntimeError("JAX has already begun to compute: call compute_inline() before the first array is made")
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     os.environ["PJRT_NPROC"] = "1"  # Threads of the CPU backend; read when it starts.
+    global _INLINE
+    _INLINE = True
+
+
+def is_inline() -> bool:
+    """Whether a program has done all its work, and read all that it was given, when its call returns."""
+    return _INLINE and jax.default_backend() == "cpu"
 
 
 class Packing:
@@ -66,20 +70,61 @@ class Packing:
         return self._structure.unflatten([leaf if impl is None else jax.random.wrap_key_data(leaf, impl=impl) for leaf, impl in both])
 
 
+class Layout:
+    """Where the leaves of a tree lie in a few NumPy buffers: one for all leaves of four bytes an entry, one for each other dtype.
+
+    Args:
+      example: the tree, of arrays or shapes.
+    """
+
+    def __init__(self, example: Any):
+        leaves = jax.tree.leaves(example)
+        self._structure: Any = jax.tree.structure(example)
+        self._sizes: dict[np.dtype, int] = {}
+        self._places: list[tuple[int, slice, tuple[int, ...], np.dtype]] = []
+        for leaf in leaves:
+            dtype = np.dtype(leaf.dtype)
+            kind = np.dtype(np.uint32) if dtype.itemsize == 4 else dtype
+            begin = self._sizes.setdefault(kind, 0)
+            self._sizes[kind] = begin + math.prod(leaf.shape)
+            self._places.append((list(self._sizes).index(kind), slice(begin, self._sizes[kind]), leaf.shape, dtype))
+
+    def buffers(self) -> tuple[np.ndarray, ...]:
+        """New ones, with zeros."""
+        return tuple(np.zeros(size, kind) for kind, size in self._sizes.items())
+
+    def views(self, buffers: tuple[np.ndarray, ...]) -> Any:
+        """The tree, of NumPy arrays that share their memory with the buffers."""
+        return self._structure.unflatten([buffers[i][where].view(dtype).reshape(shape) for i, where, shape, dtype in self._places])
+
+    def unpack(self, buffers: tuple[chex.Array, ...]) -> Any:
+        """The tree, of arrays in a program that has been given the buffers."""
+
+        def leaf(i: int, where: slice, shape: tuple[int, ...], dtype: np.dtype) -> chex.Array:
+            words = buffers[i][where].reshape(shape)
+            return words if words.dtype == dtype else jax.lax.bitcast_convert_type(words, dtype)
+
+        return self._structure.unflatten([leaf(*place) for place in self._places])
+
+
 class Parts(NamedTuple):
     """How each part of what the programs take is packed.
 
     Attributes:
       learner: the algorithm's record.
       memory: the replay.
-      noise: what one row of decisions draws.
+      noise: what one row of decisions draws, ``[1, ...]``.
       draws: what the updates of one interval draw, ``[updates, ...]``.
+      inbox: the buffers of a ``Staging``: ``(rows, noise, draws, counts)``.
+      row: the structure of ``(observation, successor, decision, outcome)``, the leaves of which are ``rows``.
     """
 
     learner: Packing
     memory: Packing
     noise: Packing
     draws: Packing
+    inbox: Layout
+    row: Any
 
 
 class Programs(NamedTuple):
@@ -88,14 +133,15 @@ class Programs(NamedTuple):
     ``counts`` is int32 ``[4]``: decisions made, transitions and updates in the state that goes in, and how many rows to store.
 
     Attributes:
-      explore: ``(learner, observation, noise, step) -> leaves of the Decision``: reads, and changes nothing.
+      explore: ``(learner, observation, noise, step) -> decision``: reads, and changes nothing.
       exploit: ``(learner, observation) -> action[N]``, greedy.
-      store: ``(memory*, rows, counts) -> (memory,)``.
+      store: ``(memory*, inbox) -> (memory,)``.
       cut: ``(memory*, counts) -> (memory,)``.
-      learn: ``(learner*, memory*, rows, draws, counts) -> (learner, metrics, memory)``: stores, then makes the updates of an interval.
+      learn: ``(learner*, memory*, inbox) -> (learner, metrics, memory)``: stores, then makes the updates of an interval.
+      advance: ``(learner*, memory*, inbox, observation) -> (decision, learner, metrics, memory)``: ``explore`` and ``learn`` in one.
 
-    A star marks what is donated: it is gone after the call. Learner, memory, noise and draws are packed, ``rows`` are the arrays
-    of a ``Staging``.
+    A star marks what is donated: it is gone after the call. Learner, memory and noise are packed, ``inbox`` is the buffers of a
+    ``Staging``, a decision is the tuple of its leaves.
     """
 
     explore: Callable[..., Any]
@@ -103,93 +149,10 @@ class Programs(NamedTuple):
     store: Callable[..., Any]
     cut: Callable[..., Any]
     learn: Callable[..., Any]
+    advance: Callable[..., Any]
 
 
-class Ahead:
-    """Random numbers of many rows, drawn in one call: in a program as small as one step a single draw costs more than the network.
-
-    Row ``i`` of a block is what ``draw(state, i)`` gives: the same bits, however they are grouped.
-
-    Args:
-      draw: ``(state, counter) -> row``.
-      state: shapes of an AgentState.
-      group: rows that are used at once; a block holds a multiple of it.
-    """
-
-    def __init__(self, draw: Callable[..., Any], state: AgentState, group: int = 1):
-        self.row = jax.eval_shape(draw, state, state.updates)
-        self._group = group
-        size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.row))
-        self._num_rows = max(1, min(AHEAD_ROWS, AHEAD_BYTES // max(1, size)) // group) * group
-        counters = jnp.arange(self._num_rows, dtype=jnp.int32)
-        self.packing = Packing(self.row)
-        self._draw = jax.jit(lambda state, start: self.packing.pack(jax.vmap(lambda counter: draw(state, counter))(start + counters)))
-        self._block: tuple[np.ndarray, ...] | None = None
-        self._first = 0
-
-    def rows(self, counter: int, live_state: Callable[[], AgentState]) -> tuple[np.ndarray, ...]:
-        """The packed rows from ``counter`` on, ``[group, ...]``; a block is drawn where the last one is used up."""
-        if self._block is None or not 0 <= counter - self._first <= self._num_rows - self._group:
-            drawn = self._draw(live_state()._replace(memory=()), np.int32(counter))
-            self._block, self._first = tuple(map(np.asarray, drawn)), counter
-        start = counter - self._first
-        return tuple(leaf[start : start + self._group] for leaf in self._block)
-
-    def forget(self) -> None:
-        """Drops the block: the key has changed."""
-        self._block = None
-
-
-class Staging:
-    """The rows that happened and are not yet stored.
-
-    A program that has been given the arrays may read them later, so they are not filled again: ``emptied`` gives the next ones.
-
-    Args:
-      observation: an example, ``[N, ...]``.
-      decision: an example, ``[N, ...]``.
-      num_rows: rows to hold, where a megabyte can.
-
-    Attributes:
-      arrays: NumPy arrays ``[R, ...]``, one for each leaf of ``(observation, successor, decision, outcome)``.
-      structure: of that tuple.
-      capacity: R.
-      size: rows that wait, at the front of the arrays.
-    """
-
-    def __init__(self, observation: Any, decision: Decision, num_rows: int):
-        num_envs = jax.tree.leaves(observation)[0].shape[0]
-        example = observation, observation, decision, np.zeros((3, num_envs), np.float32)
-        leaves, self.structure = jax.tree.flatten(example)
-        self.capacity = max(1, min(num_rows, STAGED_BYTES // sum(leaf.nbytes for leaf in leaves)))
-        self.arrays = [np.empty((self.capacity, *leaf.shape), leaf.dtype) for leaf in leaves]
-        self.size = 0
-
-    def emptied(self) -> "Staging":
-        """Another one like this, without rows."""
-        other = copy.copy(self)
-        other.arrays = [np.empty(array.shape, array.dtype) for array in self.arrays]
-        other.size = 0
-        return other
-
-    def add(self, observation: Any, decision: list[np.ndarray], successor: Any, outcome: np.ndarray) -> None:
-        """Takes one more row: of the decision its leaves; ``outcome`` is reward, discount and last, ``[3, N]``."""
-        values = [*jax.tree.leaves(observation), *jax.tree.leaves(successor), *decision, outcome]
-        for array, value in zip(self.arrays, values, strict=True):
-            array[self.size] = value
-        self.size += 1  # Last: an interrupt before it leaves the row uncounted.
-
-
-def outcome_array(reward: np.ndarray, terminated: np.ndarray | None = None, last: np.ndarray | None = None) -> np.ndarray:
-    """Reward, discount and last, ``[N]`` each, as one array ``[3, N]`` for a ``Staging``; without the flags nothing has ended."""
-    outcome = np.empty((3, len(reward)), np.float32)
-    outcome[0] = reward
-    outcome[1] = 1.0 if terminated is None else ~terminated
-    outcome[2] = 0.0 if last is None else last
-    return outcome
-
-
-def compile_programs(agent: Agent, num_envs: int, parts: Parts, staging: Staging) -> Programs:
+def compile_programs(agent: Agent, num_envs: int, parts: Parts) -> Programs:
     """The programs of ``agent`` for ``num_envs`` environments; each compiles when first called."""
 
     def state_of(learner: Any, memory: Any, decisions: Any, step: Any, updates: Any) -> AgentState:
@@ -201,33 +164,43 @@ def compile_programs(agent: Agent, num_envs: int, parts: Parts, staging: Staging
 
         def one(row: chex.Array, state: AgentState) -> AgentState:
             leaves = [leaf[row] for leaf in rows]
-            observation, successor, decision, (reward, discount, last) = jax.tree.unflatten(staging.structure, leaves)
+            observation, successor, decision, (reward, discount, last) = jax.tree.unflatten(parts.row, leaves)
             transition = Transition(observation, decision.action, reward, discount, successor, last > 0, decision.extras)
             return agent.observe(state, transition)
 
         # The number of turns is not known to the compiler: it would fuse a known one with the reads that follow, and copy the replay.
         return jax.lax.fori_loop(0, counts[3], one, state_of((), memory, *counts[:3]))
 
-    def explore(learner: Any, observation: Any, noise: Any, step: chex.Array) -> list[chex.Array]:
+    def decided(learner: Any, observation: Any, noise: Any, step: chex.Array) -> tuple[chex.Array, ...]:
         # Which decision it is has gone into the noise, and the number of updates does not matter.
-        state = state_of(parts.learner.unpack(learner), (), decisions=jnp.zeros_like(step), step=step, updates=jnp.zeros_like(step))
+        state = state_of(learner, (), decisions=jnp.zeros_like(step), step=step, updates=jnp.zeros_like(step))
         noise = jax.tree.map(lambda leaf: leaf[0], parts.noise.unpack(noise))
-        return jax.tree.leaves(agent.explore(state, observation, noise)[1])
+        return tuple(jax.tree.leaves(agent.explore(state, observation, noise)[1]))
+
+    def explore(learner: Any, observation: Any, noise: Any, step: chex.Array) -> tuple[chex.Array, ...]:
+        return decided(parts.learner.unpack(learner), observation, noise, step)
 
     def exploit(learner: Any, observation: Any) -> chex.Array:
         return agent.exploit(parts.learner.unpack(learner), observation)
 
-    def store(memory: Any, rows: list[chex.Array], counts: chex.Array) -> tuple[Any]:
+    def store(memory: Any, inbox: Any) -> tuple[Any]:
+        rows, _, _, counts = parts.inbox.unpack(inbox)
         return (parts.memory.pack(stored(parts.memory.unpack(memory), rows, counts).memory),)
 
     def cut(memory: Any, counts: chex.Array) -> tuple[Any]:
         state = agent.cut(state_of((), parts.memory.unpack(memory), *counts[:3]), jnp.ones(num_envs, jnp.bool_))
         return (parts.memory.pack(state.memory),)
 
-    def learn(learner: Any, memory: Any, rows: list[chex.Array], draws: Any, counts: chex.Array) -> tuple[Any, ...]:
+    def learn(learner: Any, memory: Any, inbox: Any) -> tuple[Any, ...]:
+        rows, _, draws, counts = parts.inbox.unpack(inbox)
         state = stored(parts.memory.unpack(memory), rows, counts)._replace(learner=parts.learner.unpack(learner))
         state, metrics = jax.lax.scan(agent.update, state, parts.draws.unpack(draws))
         return parts.learner.pack(state.learner), jax.tree.map(jnp.mean, metrics), parts.memory.pack(state.memory)
+
+    def advance(learner: Any, memory: Any, inbox: Any, observation: Any) -> tuple[Any, ...]:
+        _, noise, _, counts = parts.inbox.unpack(inbox)
+        step = counts[1] + num_envs * counts[3]
+        return decided(parts.learner.unpack(learner), observation, noise, step), *learn(learner, memory, inbox)
 
     return Programs(
         explore=jax.jit(explore),
@@ -235,6 +208,7 @@ def compile_programs(agent: Agent, num_envs: int, parts: Parts, staging: Staging
         store=jax.jit(store, donate_argnums=0),
         cut=jax.jit(cut, donate_argnums=0),
         learn=jax.jit(learn, donate_argnums=(0, 1)),
+        advance=jax.jit(advance, donate_argnums=(0, 1)),
     )
 
 

@@ -15,7 +15,7 @@ SOURCES = {path.relative_to(ROOT).with_suffix("").as_posix(): ast.parse(path.rea
 FOUNDATION = {"types"}
 TOOLS = {"returns", "networks", "policies", "normalize", "optimizers", "spaces"}
 DATA = {"memory", "algorithms", "curiosity", "envs"}
-DRIVERS = {"training", "programs", "online"}
+DRIVERS = {"training", "programs", "staging", "stepper", "online"}
 BELOW_PRESETS = FOUNDATION | TOOLS | DATA | {"agent", "checkpoint", "footprint", "options"} | DRIVERS
 # What each room may import, besides itself. A new room needs a line here: say where it stands.
 MAY_IMPORT = {
@@ -30,7 +30,9 @@ MAY_IMPORT = {
     "footprint": set(),
     "training": FOUNDATION | {"checkpoint", "footprint"},
     "programs": FOUNDATION,
-    "online": FOUNDATION | {"checkpoint", "footprint", "spaces", "programs"},
+    "staging": FOUNDATION | {"programs"},
+    "stepper": FOUNDATION | {"checkpoint", "footprint", "programs", "staging"},
+    "online": FOUNDATION | {"checkpoint", "spaces", "staging", "stepper"},
     "options": set(),
     "presets": BELOW_PRESETS,
     "statistics": set(),

@@ -16,7 +16,7 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 
 import dqn_jax
-from dqn_jax import DQN, Masked, programs
+from dqn_jax import DQN, Masked, staging
 from dqn_jax.memory.ring import ring
 from dqn_jax.networks import Network
 
@@ -545,14 +545,14 @@ def test_interrupts_at_random_moments_leave_the_agent_usable(as_new):
                 assert consistent(agent)
                 assert 0 <= agent.act(see(number)) < 3
                 # An interrupt may also fall beside the guarded part, where the call has done nothing or all; the loop's owner stops then.
-                if agent._pending:
+                if agent._stepper.pending:
                     agent.stop_episode()
                 else:
                     dropped += 1
             finally:
                 armed = False
                 signal.setitimer(signal.ITIMER_REAL, 0)
-            if agent._pending:
+            if agent._stepper.pending:
                 agent.stop_episode()
             # It still learns: every stored transition is one update, after a few calls that make up for what was interrupted.
             number += 10
@@ -604,10 +604,10 @@ def test_rows_wait_no_longer_than_there_is_room(as_new, monkeypatch):
     def run():
         agent = DQN(SPACES, **{**SMALL, "update_interval": 8})
         rows = play(agent, EPISODES)
-        return dqn_jax.digest(agent.state), len(rows), agent._unstaged.capacity
+        return dqn_jax.digest(agent.state), len(rows), agent._stepper._unstaged.capacity
 
     roomy = run()
-    monkeypatch.setattr(programs, "STAGED_BYTES", 100)
+    monkeypatch.setattr(staging, "STAGED_BYTES", 100)
     cramped = run()
     assert (roomy[2], cramped[2]) == (8, 3)
     assert cramped[:2] == roomy[:2]
@@ -640,6 +640,35 @@ def test_compute_inline_comes_before_anything_is_computed():
             print(error)
     """)
     assert said == "JAX has already begun to compute: call compute_inline() before the first array is made"
+
+
+@pytest.mark.parametrize(
+    "options", ["", "prioritized=True, update_interval=4, updates_per_interval=2", "num_envs=4, update_interval=4, n_steps=3"]
+)
+def test_inline_is_bit_for_bit_the_same(options):
+    """Inline, one program decides and learns, and the buffers of the rows that wait are used again."""
+    code = f"""
+        import gymnasium, numpy as np, dqn_jax
+        INLINE
+        kept = dict(hidden=(32, 32), batch_size=8, capacity=50, replay_start_size=8, epsilon=0.3, update_interval=1)
+        agent = dqn_jax.DQN((gymnasium.spaces.Box(-9, 9, (3,)), gymnasium.spaces.Discrete(3)), **(kept | dict({options})))
+        rng, actions = np.random.default_rng(0), []
+        for step in range(1, 121):
+            if agent.num_envs == 1:
+                actions.append(agent.act_and_train(rng.normal(size=3), rng.normal()))
+                if step % 13 == 0:
+                    agent.stop_episode_and_train(rng.normal(size=3), 1.0, terminated=step % 2 == 0)
+                if step % 29 == 0:
+                    agent.stop_episode()
+                if step % 31 == 0:
+                    agent.get_statistics()  # Stores the rows that wait.
+            else:
+                seen, ended = rng.normal(size=(2, 4, 3)), rng.random((2, 4)) < 0.1
+                actions.append(agent.batch_act_and_train(seen[0], rng.normal(size=4), *ended, seen[1]).tolist())
+        print(dqn_jax.digest(agent.state), agent.get_statistics(), actions)
+    """
+    inline, plain = (in_a_fresh_process(code.replace("INLINE", line)) for line in ("dqn_jax.compute_inline()", ""))
+    assert inline == plain
 
 
 def test_repr_tells_how_far_it_is(as_new):
