@@ -9,7 +9,6 @@ import csv
 import json
 import math
 import os
-import resource
 import shutil
 import signal
 import sys
@@ -23,7 +22,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from dqn_jax import checkpoint
+from dqn_jax import checkpoint, footprint
 from dqn_jax.runs import CompiledRuns, HostRuns, Task, make_runs
 from dqn_jax.statistics import bootstrap_interval, iqm
 
@@ -215,8 +214,7 @@ def describe_device() -> str:
 
 def peak_memory_mb() -> float:
     """The most memory that this process has held, in MB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e6 if sys.platform == "darwin" else peak / 1e3  # bytes there, kilobytes elsewhere
+    return footprint.peak_bytes() / 1e6
 
 
 @contextmanager

@@ -1,7 +1,8 @@
-"""What a state takes in memory, and whether the device has it: to be asked before anything is allocated."""
+"""What a state takes in memory, and whether the device has it: to be asked before anything is allocated. What the process took."""
 
 import math
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,19 @@ def device_bytes() -> int | None:
         except (OSError, ValueError):  # No such file, or the word "max".
             continue
     return present
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held, in bytes, shared libraries included."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+    except (OSError, IndexError):
+        # Second choice: on Linux this begins at the mark of the process that started this one.
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else 1024 * peak  # Bytes there, kilobytes elsewhere.
 
 
 def _device() -> jax.Device:

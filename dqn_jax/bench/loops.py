@@ -1,6 +1,7 @@
 """How fast the loops are, on the same work in one interleaved run: ``python -m dqn_jax.bench.loops [--repeats 5] [--out FILE.json]``.
 
-The work is DQN on CartPole-v1 with a network of two layers of 64 (``contenders.py`` holds the settings and the loops):
+The work is DQN on CartPole-v1 with a network of two layers of 64 (``PLAIN`` in ``settings.py``; ``host_loops.py``, ``compiled_loops.py``,
+``peers.py`` and ``libtorch.py`` hold the loops):
 
 * host loops, a Gymnasium environment stepped from Python: steps per second between step 2,000 and step 12,000, so without imports,
   compilation and random warm-up;
@@ -11,12 +12,14 @@ Contenders on JAX are measured twice: with JAX as it comes, and inline, on the o
 Each measurement is a process of its own, and the contenders take turns. A measurement during which other programs used more than a
 tenth of a core is marked and left out where a quiet one exists. All contenders must make the same number of updates, or the run fails.
 What was timed also has to learn: the greedy return over 20 episodes of the compiled runs themselves, and of one longer run of each host
-loop, stands beside the speed; one seed of it shows that a loop learns and ranks nobody.
+loop, stands beside the speed; one seed of it shows that a loop learns and ranks nobody. What a contender does otherwise than the setting
+says is in the JSON file, under ``differences``.
 """
 
 import dataclasses
 import importlib.util
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -29,13 +32,38 @@ import jax
 import numpy as np
 import tyro
 
-from dqn_jax.bench import contenders, machine
+from dqn_jax.bench import compiled_loops, host_loops, libtorch, machine, peers
+from dqn_jax.bench.settings import PLAIN, Setting
 from dqn_jax.envs import make
 from dqn_jax.programs import compute_inline
 
 QUIET = 0.1  # Cores that other programs may use during a measurement.
 HOST_BEGIN = 2_000
-PEERS = {"sb3": "stable_baselines3", "cleanrl-style": "stable_baselines3"}  # Contenders that need a package, and which.
+HOST: dict[str, Callable[..., host_loops.HostLoop]] = {
+    "ours": host_loops.ours,
+    "cleanrl-style": peers.cleanrl_style,
+    "numpy-replay": host_loops.numpy_replay,
+    "torch": peers.torch_eager,
+    "sb3": peers.sb3,
+    "pfrl": peers.pfrl,
+}
+LIBTORCH = "libtorch"  # The host contender that is a program of its own.
+COMPILED: dict[str, Callable[..., Callable[[Any], compiled_loops.Outcome]]] = {
+    "ours": compiled_loops.ours,
+    "purejaxrl-style": compiled_loops.purejaxrl_style,
+    "rejax": peers.rejax,
+}
+NEEDS = {
+    "sb3": "stable_baselines3",
+    "cleanrl-style": "stable_baselines3",
+    "torch": "torch",
+    LIBTORCH: "torch",
+    "pfrl": "pfrl",
+    "rejax": "rejax",
+}  # Contenders that need a package, and which.
+ONE_SEED = ("rejax",)  # Its sampler walks the whole replay of each seed at every update: minutes a run with many.
+ON_TORCH = ("torch", LIBTORCH, "sb3", "pfrl")
+EVALUATION_EPISODES = 20
 INLINE = ", inline"  # Behind the name of a contender that is measured with JAX on one thread (``dqn_jax.compute_inline``).
 
 
@@ -54,6 +82,11 @@ class Work:
     interval: int
     steps: int
     seeds: int = 1
+
+    @property
+    def setting(self) -> Setting:
+        """What the loops do."""
+        return PLAIN._replace(interval=self.interval)
 
     @property
     def title(self) -> str:
@@ -126,6 +159,9 @@ def measure_host(name: str, work: Work, seed: int, evaluate: bool) -> dict[str, 
     Returns:
       What ``machine.timing`` tells, the ``updates`` made in the timed window, and ``returns``.
     """
+    if name == LIBTORCH:
+        result = libtorch.run(libtorch.build(libtorch.cache()), work.setting, work.steps, HOST_BEGIN, seed)
+        return result if evaluate else {key: value for key, value in result.items() if key != "returns"}
     seen: dict[str, Any] = {}
 
     # Counting stays outside of the window.
@@ -138,11 +174,11 @@ def measure_host(name: str, work: Work, seed: int, evaluate: bool) -> dict[str, 
         seen["updates"] = loop.updates() - seen["updates"]
 
     env = Clock(gymnasium.make("CartPole-v1"), {HOST_BEGIN: begin, work.steps: end})
-    loop = contenders.HOST[name](env, work.interval, work.steps, seed)
+    loop = HOST[name](env, work.setting, work.steps, seed)
     loop.run()
     result = machine.timing(seen["begin"], seen["end"], work.steps - HOST_BEGIN) | {"updates": seen["updates"]}
     if evaluate:
-        result["returns"] = [_play(loop.greedy, 10_000 + episode) for episode in range(contenders.EVALUATION_EPISODES)]
+        result["returns"] = [_play(loop.greedy, 10_000 + episode) for episode in range(EVALUATION_EPISODES)]
     return result
 
 
@@ -160,8 +196,8 @@ def measure_compiled(name: str, work: Work, seed: int) -> dict[str, Any]:
     """One measurement of a compiled loop, in this process; arguments and result as ``measure_host``, and ``compile_seconds``."""
     # As shipped, the JAX version differs from CartPole-v1 in this product.
     env = make("phys2d/CartPole-v1", polemass_length=0.05)
-    steps = contenders.compiled_steps(env, work.interval, work.steps)
-    run = contenders.COMPILED[name](env, work.interval, steps)
+    steps = compiled_loops.compiled_steps(env, work.setting, work.steps)
+    run = COMPILED[name](env, work.setting, steps)
 
     def over_seeds(function: Any) -> Any:
         return jax.jit(jax.vmap(function) if work.seeds > 1 else function)
@@ -178,7 +214,11 @@ def measure_compiled(name: str, work: Work, seed: int) -> dict[str, Any]:
     if made != {steps}:
         raise AssertionError(f"{name} made {made} steps where {steps} were asked for")
     (updates,) = {int(updates) for updates in np.atleast_1d(outcome.updates)}  # A seed with another number is an error.
-    returns = over_seeds(lambda params, key: contenders.greedy_returns(env, params, key).mean())(outcome.params, keys)
+
+    def evaluate(params: Any, key: Any) -> Any:
+        return compiled_loops.greedy_returns(env, work.setting, params, key, EVALUATION_EPISODES).mean()
+
+    returns = over_seeds(evaluate)(outcome.params, keys)
     device = jax.devices()[0].device_kind
     return result | {"updates": updates, "device": device, "compile_seconds": compile_seconds, "returns": np.atleast_1d(returns).tolist()}
 
@@ -206,8 +246,8 @@ def _one(spec: str) -> dict[str, Any]:
 
 
 def in_both_settings(names: list[str]) -> list[str]:
-    """The contenders with JAX as it comes and inline, ours inline first; torch has one setting, its best."""
-    return [variant for name in names for variant in ([name] if name == "sb3" else [name + INLINE, name])]
+    """The contenders with JAX as it comes and inline, ours inline first; those on torch have one setting, their best."""
+    return [variant for name in names for variant in ([name] if name in ON_TORCH else [name + INLINE, name])]
 
 
 def _is_loud(result: dict[str, Any]) -> bool:
@@ -319,25 +359,26 @@ def main() -> None:
     print(
         f"{described['processor']}, {described['usable_cores']} of {described['cores']} cores, {described['memory']}, {described['system']}"
     )
-    absent = [name for name, package in PEERS.items() if importlib.util.find_spec(package) is None]
+    absent = [name for name, package in NEEDS.items() if importlib.util.find_spec(package) is None]
     for name in absent:
-        print(f"{name} is skipped: {PEERS[name]} is not installed")
+        print(f"{name} is skipped: {NEEDS[name]} is not installed")
+    if shutil.which("g++") is None and LIBTORCH not in absent:
+        absent.append(LIBTORCH)
+        print(f"{LIBTORCH} is skipped: there is no g++ to build it")
     reports = []
     for work in SHORT if options.short else FULL:
         if work.kind not in options.kinds:
             continue
-        names = [name for name in (contenders.HOST if work.kind == "host" else contenders.COMPILED) if name not in absent]
+        contenders = [*HOST, LIBTORCH] if work.kind == "host" else [name for name in COMPILED if work.seeds == 1 or name not in ONE_SEED]
+        names = [name for name in contenders if name not in absent]
         reports.append(measure(work, in_both_settings(names), options.repeats, work.steps if options.short else HOST_LEARNING_STEPS))
         print("\n" + table(reports[-1]), flush=True)
         if options.out:  # After each piece of work: an hour of measuring should not be lost to an interrupt.
-            options.out.write_text(json.dumps({"machine": described, "settings": _settings(), "reports": reports}, indent=1) + "\n")
+            recorded = {"machine": described, "settings": PLAIN._asdict(), "differences": peers.DIFFERENCES, "reports": reports}
+            options.out.write_text(json.dumps(recorded, indent=1) + "\n")
     print("\nMedians (and ranges) over the timings used; ratios are of neighbours in the same round.")
     if any(line["loud"] for report in reports for line in report["summary"]):
         print(f"* No quiet timing, or no quiet pair: other programs used more than {QUIET} cores during each. Measure again.")
-
-
-def _settings() -> dict[str, Any]:
-    return {name.lower(): value for name, value in vars(contenders).items() if name.isupper() and isinstance(value, int | float | tuple)}
 
 
 if __name__ == "__main__":

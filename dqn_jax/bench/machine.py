@@ -7,7 +7,10 @@ import sys
 import time
 from typing import Any, NamedTuple
 
-PACKAGES = ("dqn_jax", "jax", "jaxlib", "flax", "optax", "numpy", "gymnasium", "stable-baselines3", "torch", "flashbax", "cpprb")
+PACKAGES = (
+    *("dqn_jax", "jax", "jaxlib", "flax", "optax", "numpy", "gymnasium"),
+    *("torch", "stable-baselines3", "pfrl", "rejax", "flashbax", "cpprb"),
+)
 
 
 class Moment(NamedTuple):

@@ -1,6 +1,14 @@
-"""What the benchmarks print of repeated measurements."""
+"""What the benchmarks have in common: summaries of repeated measurements, tables, and the file of results."""
 
+import json
 import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dqn_jax.bench import machine
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -8,8 +16,35 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    """The 50th, 95th and 99th percentile, in the unit of the values, and how many there were.
+
+    Raises:
+      ValueError: if there are no values.
+    """
+    if not len(values):
+        raise ValueError("no values, so no percentiles")
+    p50, p95, p99 = np.percentile(np.asarray(values, np.float64), (50, 95, 99)).tolist()
+    return {"p50": p50, "p95": p95, "p99": p99, "calls": len(values)}
+
+
 def show(title: str, measured: dict[str, dict[str, float]]) -> None:
     """Prints a table: a line with median and range for each contender, as ``spread`` gives them."""
     print(f"\n{title}")
     for name, value in measured.items():
         print(f"  {name:32} {value['median']:12,.2f} ({value['min']:,.2f}-{value['max']:,.2f})", flush=True)
+
+
+def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints lines in columns: the first to the left, the others to the right."""
+    print(f"\n{title}")
+    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+    for first, *others in [head, *rows]:
+        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
+        print("  " + "  ".join(cells).rstrip(), flush=True)
+
+
+def write(out: Path | None, measured: dict[str, Any]) -> None:
+    """Writes what was measured to a JSON file, the machine described beside it; without a file does nothing."""
+    if out is not None:
+        out.write_text(json.dumps({"machine": machine.describe(), **measured}, indent=2) + "\n")

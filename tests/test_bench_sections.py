@@ -1,0 +1,234 @@
+"""The sections of the benchmark: what they report hangs together. How large or how fast anything is, is not asserted."""
+
+import importlib.metadata
+import json
+import math
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dqn_jax import footprint, networks
+from dqn_jax.bench import latency, memory, report, roofline, size
+
+
+def test_percentiles_are_those_of_the_values():
+    assert report.percentiles([float(i) for i in range(101)]) == {"p50": 50.0, "p95": 95.0, "p99": 99.0, "calls": 101}
+    assert report.percentiles([3.0]) == {"p50": 3.0, "p95": 3.0, "p99": 3.0, "calls": 1}
+    with pytest.raises(ValueError, match="no values"):
+        report.percentiles([])
+
+
+def test_a_table_puts_numbers_under_one_another(capsys):
+    report.table("title", ("", "MB"), [("a", "1.0"), ("longer", "1,000.0")])
+    assert capsys.readouterr().out.splitlines() == ["", "title", "               MB", "  a           1.0", "  longer  1,000.0"]
+
+
+def test_results_are_written_with_the_machine(tmp_path):
+    report.write(tmp_path / "out.json", {"updates": 3})
+    report.write(None, {"updates": 3})
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert written["updates"] == 3 and written["machine"]["versions"]["jax"]
+
+
+# size
+
+
+def install(site, name, requires=(), files=None, direct_url=None):
+    """Writes what an installed distribution consists of; ``files`` are names and contents."""
+    info = site / f"{name}-1.0.dist-info"
+    info.mkdir()
+    lines = ["Metadata-Version: 2.1", f"Name: {name}", "Version: 1.0", "Provides-Extra: more", *(f"Requires-Dist: {r}" for r in requires)]
+    (info / "METADATA").write_text("\n".join(lines))
+    if direct_url is not None:
+        (info / "direct_url.json").write_text(json.dumps(direct_url))
+    for path, content in (files or {}).items():
+        (site / path).parent.mkdir(exist_ok=True)
+        (site / path).write_text(content)
+    (info / "RECORD").write_text("".join(f"{path},,\n" for path in files or {}))
+
+
+def test_required_packages_are_followed_with_conditions_and_extras(tmp_path, monkeypatch):
+    install(
+        tmp_path,
+        "sizetop",
+        ["sizeone>=1", "sizetwo[more]; python_version > '3'", "sizethree; python_version < '3'", "sizefour; extra == 'more'"],
+    )
+    install(tmp_path, "sizeone", ["sizetop", "Size.Absent"])  # A circle, and something that is not there.
+    install(tmp_path, "sizetwo", ["size_five; extra == 'more'"])
+    for name in ("sizethree", "sizefour", "size_five"):
+        install(tmp_path, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    found, absent = size.required("sizetop")
+    assert set(found) == {"sizetop", "sizeone", "sizetwo", "size-five"}
+    assert absent == ["size-absent"]
+
+
+def test_files_count_without_bytecode_and_editable_packages_by_their_folder(tmp_path, monkeypatch):
+    install(tmp_path, "sizetop", ["sizeone"], {"sizetop/a.py": "12345", "sizetop/a.pyc": "123"})
+    install(tmp_path, "sizeone", (), {"sizeone.pth": "1234567"}, {"url": "file:///elsewhere", "dir_info": {"editable": True}})
+    folder = tmp_path / "sizeone"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("#" * 100)
+    (folder / "__init__.pyc").write_text("#" * 100)
+    monkeypatch.syspath_prepend(tmp_path)
+    measured = size.measure_installed("sizetop")
+    assert measured == {"bytes": 112, "packages": {"sizeone": 107, "sizetop": 5}, "absent": []}
+
+
+def test_sizes_of_what_is_installed_hang_together():
+    measured = size.measure_installed("dqn_jax")
+    sizes = list(measured["packages"].values())
+    assert measured["bytes"] == sum(sizes) > 1e8 and sizes == sorted(sizes, reverse=True)
+    assert {"dqn-jax", "jax", "jaxlib", "flax", "optax", "gymnasium", "numpy"} <= set(measured["packages"])
+    assert not {"matplotlib", "pytest", "torch"} & set(measured["packages"])
+    with pytest.raises(importlib.metadata.PackageNotFoundError):
+        size.measure_installed("no-such-distribution")
+
+
+def test_imports_are_timed_cold_and_warm(capsys):
+    imports = size.measure_imports(["colorsys"], 2)  # Of the standard library, and seldom imported by anything.
+    warm = imports["colorsys"]["warm"]
+    assert imports["colorsys"]["cold"] > 0 and 0 < warm["min"] <= warm["median"] <= warm["max"]
+    with pytest.raises(RuntimeError, match="no_such_module"):
+        size.measure_imports(["no_such_module"], 1)
+    size.show({"installed": {"dqn_jax": size.measure_installed("dqn_jax")}, "imports": imports})
+    shown = capsys.readouterr().out
+    assert "jaxlib" in shown and "colorsys" in shown
+
+
+# memory
+
+
+def test_marks_of_memory_never_fall(capsys):
+    (deck, *_) = memory.CASES
+    other = {"marks": dict(zip(memory.STAGES, (1, 5, 5, 9), strict=True))}
+    measured = memory.measure(quick=True, others={"another": [sys.executable, "-c", f"print('noise'); print('''{json.dumps(other)}''')"]})
+    assert list(measured) == [deck, "another"]
+    assert measured["another"]["added"] == dict(zip(memory.STAGES, (1, 4, 0, 4), strict=True))
+    ours = measured[deck]
+    marks = [ours["marks"][stage] for stage in memory.STAGES]
+    assert marks == sorted(marks) and marks[0] > 2e7
+    assert sum(ours["added"].values()) == marks[-1] and min(ours["added"].values()) >= 0
+    assert ours["steps"] == 200 and ours["updates"] == len(range(16, 200, 8))
+    weights = 4 * 128 + 2 * 128 * 128 + 128 * 2 + 3 * 128 + 2
+    assert ours["parameter_bytes"] == 4 * weights
+    assert 4 * 4 * weights <= ours["learner_bytes"] < 4 * 4 * weights + 100
+    assert 2_000 * 2 * 16 < ours["replay_bytes"] < 2_000 * 100
+    memory.show(measured)
+    assert "another" in capsys.readouterr().out
+
+
+def test_a_contender_that_fails_is_named():
+    with pytest.raises(RuntimeError, match=r"memory of broken failed[^$]*no_such_module"):
+        memory.run_apart("broken", [sys.executable, "-c", "import no_such_module"])
+
+
+def test_the_peak_is_that_of_this_process():
+    before = footprint.peak_bytes()
+    ballast = np.ones(before // 8 + 10_000_000)
+    assert footprint.peak_bytes() >= ballast.nbytes > before
+
+
+# latency
+
+
+@pytest.fixture(scope="module")
+def quick_latency():
+    return latency.measure(quick=True)
+
+
+def test_percentiles_of_calls_are_ordered(quick_latency, capsys):
+    kinds = {kind: us for part in ("acting", "learning") for works in quick_latency[part].values() for kind, us in works.items()}
+    assert {"act", "bare network", "act_and_train, no update due", "act_and_train, with an update", "bare update"} <= set(kinds)
+    for us in kinds.values():
+        assert 0 < us["p50"] <= us["p95"] <= us["p99"] and us["calls"] >= latency.TURNS
+    assert [*quick_latency["learning"]] == ["2x64, batch 32, uniform", "2x64, batch 32, prioritized"]
+    latency.show(quick_latency)
+    assert "times bare network" in capsys.readouterr().out
+
+
+def test_calls_with_an_update_are_told_from_those_without():
+    shape = latency.QUICK["2x64"]
+    full = latency.fill(latency.make_agent(shape, 32, False), shape)
+    assert int(full.memory.size) == shape.capacity
+    agent = latency.make_agent(shape, 32, False, full)
+    updates = []
+    for _ in range(9):
+        agent.act_and_train(np.zeros(4, np.float32), 1.0)
+        updates.append(agent.get_statistics()["n_updates"])
+    assert updates == [0, 0, 0, 0, 1, 1, 1, 1, 2]
+    kinds = latency.learning(shape, 32, False)[0].kinds  # From the second call on.
+    assert [kind.endswith("with an update") for kind in kinds] == [False, False, False, True]
+
+
+def test_contenders_take_turns_and_keep_their_place():
+    calls = []
+    contenders = [latency.Contender(lambda: calls.append("a"), ("a1", "a2")), latency.Contender(lambda: calls.append("b"), ("b",))]
+    timed = latency.time_in_turns(contenders, calls=40, budget=10.0)
+    assert {kind: us["calls"] for kind, us in timed.items()} == {"a1": 40, "a2": 40, "b": 40}
+    assert calls[-9:] == ["a"] * 6 + ["b"] * 3 and calls.count("a") % 2 == 0
+
+
+def test_images_go_on_where_the_last_stack_ended():
+    seen = latency.observations(latency.SHAPES["Nature"]._replace(observation=(8, 8, 4)))
+    assert seen[0].shape == (8, 8, 4) and seen[0].dtype == np.uint8
+    for before, after in zip(seen, [*seen[1:], seen[0]], strict=True):
+        np.testing.assert_array_equal(before[..., 1:], after[..., :-1])
+
+
+@pytest.mark.parametrize("name", ["2x64", "Nature"])
+def test_pytorch_chooses_with_the_same_network(name):
+    torch = pytest.importorskip("torch")
+    shape = latency.SHAPES[name]
+    torch.manual_seed(0)
+    choose = latency.torch_choice(shape)
+    (model,) = [cell.cell_contents for cell in choose.__wrapped__.__closure__ if isinstance(cell.cell_contents, torch.nn.Module)]
+    params = latency.network_of(shape).init(jax.random.key(0), jnp.zeros((1, *shape.observation)))
+    ours = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    assert sum(parameter.numel() for parameter in model.parameters()) == ours
+    assert 0 <= choose(latency.observations(shape)[0]) < shape.num_actions
+
+
+# roofline
+
+
+def test_multiply_adds_are_those_counted_by_hand():
+    assert roofline.multiply_adds(latency.SHAPES["2x64"]) == [4 * 64, 64 * 64, 64 * 2]
+    # Nature on 84x84x4: 20x20x32, 9x9x64 and 7x7x64 outputs.
+    nature = [400 * 32 * 256, 81 * 64 * 512, 49 * 64 * 576, 3136 * 512, 512 * 6]
+    assert roofline.multiply_adds(latency.SHAPES["Nature"]) == nature == [3_276_800, 2_654_208, 1_806_336, 1_605_632, 3_072]
+    small = latency.Shape((10, 10, 4), networks.MINATAR, (128,), 6, (32,), 100)
+    assert roofline.multiply_adds(small) == [64 * 16 * 36, 1024 * 128, 128 * 6]
+
+
+def test_an_update_is_three_passes_forward_and_one_back():
+    shape = latency.SHAPES["2x64"]  # 4,480 multiplications forward, 256 of them in the first layer.
+    assert roofline.update_flops(shape, 10) == 2 * 10 * (3 * 4_480 + 2 * 4_480 - 256)
+    assert roofline.update_flops(shape, 10, double=False) == 2 * 10 * (2 * 4_480 + 2 * 4_480 - 256)
+
+
+def test_times_of_the_parts_follow_from_the_rates():
+    update = {"update_us": {"p50": 100.0}, "flops_by_hand": 3_000_000, "flops": 2_000_000.0, "bytes": 500_000.0}
+    peaks = {"flops": 1e11, "bytes": 1e10}
+    assert roofline.against(peaks, update) == pytest.approx({"arithmetic_us": 20.0, "traffic_us": 50.0, "share": 0.5})
+    untold = update | {"flops": None, "bytes": None}
+    assert roofline.against(peaks, untold) == pytest.approx({"arithmetic_us": 30.0, "traffic_us": None, "share": 0.3})
+
+
+def test_counts_of_xla_agree_with_those_by_hand(capsys):
+    measured = roofline.measure(quick=True)
+    assert measured["peaks"]["flops"] > 0 and measured["peaks"]["bytes"] > 0
+    (update,) = measured["updates"].values()
+    assert update["flops"] is None or 1 <= update["flops"] / update["flops_by_hand"] < 1.3
+    shape = latency.QUICK["2x64"]
+    batch_bytes = 32 * (2 * 16 + 12)
+    assert update["bytes"] is None or update["bytes"] > batch_bytes + 4 * sum(roofline.multiply_adds(shape))
+    roofline.show(measured)
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert "2x64, batch 32: update" in line and "% of the limit" in line
+    untold = {"flops": None, "bytes": None, "traffic_us": None}
+    roofline.show(measured | {"updates": {"2x64": update | untold}})
+    assert "counted by hand" in capsys.readouterr().out
