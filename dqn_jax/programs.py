@@ -8,7 +8,6 @@ What a program donates travels as builtin tuples of raw arrays. To hand out a Na
 arrays are gone, and an interrupt that strikes there would lose both old and new.
 """
 
-import math
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,7 +15,6 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dqn_jax.types import Agent, AgentState, Transition
 
@@ -70,43 +68,6 @@ class Packing:
         return self._structure.unflatten([leaf if impl is None else jax.random.wrap_key_data(leaf, impl=impl) for leaf, impl in both])
 
 
-class Layout:
-    """Where the leaves of a tree lie in a few NumPy buffers: one for all leaves of four bytes an entry, one for each other dtype.
-
-    Args:
-      example: the tree, of arrays or shapes.
-    """
-
-    def __init__(self, example: Any):
-        leaves = jax.tree.leaves(example)
-        self._structure: Any = jax.tree.structure(example)
-        self._sizes: dict[np.dtype, int] = {}
-        self._places: list[tuple[int, slice, tuple[int, ...], np.dtype]] = []
-        for leaf in leaves:
-            dtype = np.dtype(leaf.dtype)
-            kind = np.dtype(np.uint32) if dtype.itemsize == 4 else dtype
-            begin = self._sizes.setdefault(kind, 0)
-            self._sizes[kind] = begin + math.prod(leaf.shape)
-            self._places.append((list(self._sizes).index(kind), slice(begin, self._sizes[kind]), leaf.shape, dtype))
-
-    def buffers(self) -> tuple[np.ndarray, ...]:
-        """New ones, with zeros."""
-        return tuple(np.zeros(size, kind) for kind, size in self._sizes.items())
-
-    def views(self, buffers: tuple[np.ndarray, ...]) -> Any:
-        """The tree, of NumPy arrays that share their memory with the buffers."""
-        return self._structure.unflatten([buffers[i][where].view(dtype).reshape(shape) for i, where, shape, dtype in self._places])
-
-    def unpack(self, buffers: tuple[chex.Array, ...]) -> Any:
-        """The tree, of arrays in a program that has been given the buffers."""
-
-        def leaf(i: int, where: slice, shape: tuple[int, ...], dtype: np.dtype) -> chex.Array:
-            words = buffers[i][where].reshape(shape)
-            return words if words.dtype == dtype else jax.lax.bitcast_convert_type(words, dtype)
-
-        return self._structure.unflatten([leaf(*place) for place in self._places])
-
-
 class Parts(NamedTuple):
     """How each part of what the programs take is packed.
 
@@ -115,15 +76,13 @@ class Parts(NamedTuple):
       memory: the replay.
       noise: what one row of decisions draws, ``[1, ...]``.
       draws: what the updates of one interval draw, ``[updates, ...]``.
-      inbox: the buffers of a ``Staging``: ``(rows, noise, draws, counts)``.
-      row: the structure of ``(observation, successor, decision, outcome)``, the leaves of which are ``rows``.
+      row: the structure of ``(observation, successor, decision, outcome)``, the leaves of which are the ``rows`` of a ``Staging``.
     """
 
     learner: Packing
     memory: Packing
     noise: Packing
     draws: Packing
-    inbox: Layout
     row: Any
 
 
@@ -135,12 +94,11 @@ class Programs(NamedTuple):
     Attributes:
       explore: ``(learner, observation, noise, step) -> decision``: reads, and changes nothing.
       exploit: ``(learner, observation) -> action[N]``, greedy.
-      store: ``(memory*, inbox) -> (memory,)``.
+      store: ``(memory*, rows, counts) -> (memory,)``.
       cut: ``(memory*, counts) -> (memory,)``.
-      learn: ``(learner*, memory*, inbox) -> (learner, metrics, memory)``: stores, then makes the updates of an interval.
-      advance: ``(learner*, memory*, inbox, observation) -> (decision, learner, metrics, memory)``: ``explore`` and ``learn`` in one.
+      learn: ``(learner*, memory*, rows, draws, counts) -> (learner, metrics, memory)``: stores, then makes the updates of an interval.
 
-    A star marks what is donated: it is gone after the call. Learner, memory and noise are packed, ``inbox`` is the buffers of a
+    A star marks what is donated: it is gone after the call. Learner, memory, noise and draws are packed, ``rows`` are the arrays of a
     ``Staging``, a decision is the tuple of its leaves.
     """
 
@@ -149,7 +107,6 @@ class Programs(NamedTuple):
     store: Callable[..., Any]
     cut: Callable[..., Any]
     learn: Callable[..., Any]
-    advance: Callable[..., Any]
 
 
 def compile_programs(agent: Agent, num_envs: int, parts: Parts) -> Programs:
@@ -171,36 +128,26 @@ def compile_programs(agent: Agent, num_envs: int, parts: Parts) -> Programs:
         # The number of turns is not known to the compiler: it would fuse a known one with the reads that follow, and copy the replay.
         return jax.lax.fori_loop(0, counts[3], one, state_of((), memory, *counts[:3]))
 
-    def decided(learner: Any, observation: Any, noise: Any, step: chex.Array) -> tuple[chex.Array, ...]:
+    def explore(learner: Any, observation: Any, noise: Any, step: chex.Array) -> tuple[chex.Array, ...]:
         # Which decision it is has gone into the noise, and the number of updates does not matter.
-        state = state_of(learner, (), decisions=jnp.zeros_like(step), step=step, updates=jnp.zeros_like(step))
+        state = state_of(parts.learner.unpack(learner), (), decisions=jnp.zeros_like(step), step=step, updates=jnp.zeros_like(step))
         noise = jax.tree.map(lambda leaf: leaf[0], parts.noise.unpack(noise))
         return tuple(jax.tree.leaves(agent.explore(state, observation, noise)[1]))
-
-    def explore(learner: Any, observation: Any, noise: Any, step: chex.Array) -> tuple[chex.Array, ...]:
-        return decided(parts.learner.unpack(learner), observation, noise, step)
 
     def exploit(learner: Any, observation: Any) -> chex.Array:
         return agent.exploit(parts.learner.unpack(learner), observation)
 
-    def store(memory: Any, inbox: Any) -> tuple[Any]:
-        rows, _, _, counts = parts.inbox.unpack(inbox)
+    def store(memory: Any, rows: list[chex.Array], counts: chex.Array) -> tuple[Any]:
         return (parts.memory.pack(stored(parts.memory.unpack(memory), rows, counts).memory),)
 
     def cut(memory: Any, counts: chex.Array) -> tuple[Any]:
         state = agent.cut(state_of((), parts.memory.unpack(memory), *counts[:3]), jnp.ones(num_envs, jnp.bool_))
         return (parts.memory.pack(state.memory),)
 
-    def learn(learner: Any, memory: Any, inbox: Any) -> tuple[Any, ...]:
-        rows, _, draws, counts = parts.inbox.unpack(inbox)
+    def learn(learner: Any, memory: Any, rows: list[chex.Array], draws: Any, counts: chex.Array) -> tuple[Any, ...]:
         state = stored(parts.memory.unpack(memory), rows, counts)._replace(learner=parts.learner.unpack(learner))
         state, metrics = jax.lax.scan(agent.update, state, parts.draws.unpack(draws))
         return parts.learner.pack(state.learner), jax.tree.map(jnp.mean, metrics), parts.memory.pack(state.memory)
-
-    def advance(learner: Any, memory: Any, inbox: Any, observation: Any) -> tuple[Any, ...]:
-        _, noise, _, counts = parts.inbox.unpack(inbox)
-        step = counts[1] + num_envs * counts[3]
-        return decided(parts.learner.unpack(learner), observation, noise, step), *learn(learner, memory, inbox)
 
     return Programs(
         explore=jax.jit(explore),
@@ -208,7 +155,6 @@ def compile_programs(agent: Agent, num_envs: int, parts: Parts) -> Programs:
         store=jax.jit(store, donate_argnums=0),
         cut=jax.jit(cut, donate_argnums=0),
         learn=jax.jit(learn, donate_argnums=(0, 1)),
-        advance=jax.jit(advance, donate_argnums=(0, 1)),
     )
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dqn_jax.programs import Layout, Packing
+from dqn_jax.programs import Packing
 from dqn_jax.types import AgentState, Decision
 
 AHEAD_BYTES = 1 << 20  # What a block of random numbers, drawn ahead in one call, may take.
@@ -30,7 +30,6 @@ class Ahead:
     Attributes:
       row: shapes of one row.
       packing: of rows.
-      packed: shapes of what ``rows`` gives, ``[group, ...]``.
     """
 
     def __init__(self, draw: Callable[..., Any], state: AgentState, group: int = 1):
@@ -41,8 +40,6 @@ class Ahead:
         counters = jnp.arange(self._num_rows, dtype=jnp.int32)
         self.packing = Packing(self.row)
         self._draw = jax.jit(lambda state, start: self.packing.pack(jax.vmap(lambda counter: draw(state, counter))(start + counters)))
-        drawn = jax.eval_shape(self._draw, state, state.updates)
-        self.packed = tuple(jax.ShapeDtypeStruct((group, *leaf.shape[1:]), leaf.dtype) for leaf in drawn)
         self._block: tuple[np.ndarray, ...] | None = None
         self._first = 0
 
@@ -60,45 +57,37 @@ class Ahead:
 
 
 class Staging:
-    """What the next program that reads the replay is given: the rows that are not yet stored, and random numbers and counters beside.
+    """The rows that happened and are not yet stored.
+
+    A program that has been given the arrays may read them later, so they are not filled again until it has: ``emptied`` gives others.
 
     Args:
       observation: an example, ``[N, ...]``.
       decision: an example, ``[N, ...]``.
-      noise: an example of what one row of decisions draws, packed, ``[1, ...]``.
-      draws: an example of what the updates of an interval draw, packed, ``[updates, ...]``.
       num_rows: rows to hold, where a megabyte can.
-      reusable: whether a program that has been given the buffers has read them when its call returns.
+      reusable: whether a program that has been given the arrays has read them when its call returns; two sets then take turns.
 
     Attributes:
       row: the structure of ``(observation, successor, decision, outcome)``.
-      layout: of the buffers.
-      capacity: rows that it holds.
-      buffers: NumPy arrays, as ``layout`` says.
-      draws, noise: views of the buffers, for their user to fill.
-      counts: the same, int32 ``[4]``.
+      arrays: NumPy arrays ``[R, ...]``, one for each leaf of it.
+      capacity: R.
       size: rows that wait, at the front of the arrays.
     """
 
-    def __init__(self, observation: Any, decision: Decision, noise: Any, draws: Any, num_rows: int, reusable: bool = False):
+    def __init__(self, observation: Any, decision: Decision, num_rows: int, reusable: bool = False):
         num_envs = jax.tree.leaves(observation)[0].shape[0]
         leaves, self.row = jax.tree.flatten((observation, observation, decision, np.zeros((3, num_envs), np.float32)))
         self.capacity = max(1, min(num_rows, STAGED_BYTES // sum(leaf.nbytes for leaf in leaves)))
-        rows = [jax.ShapeDtypeStruct((self.capacity, *leaf.shape), leaf.dtype) for leaf in leaves]
-        self.layout = Layout((rows, tuple(noise), tuple(draws), np.zeros(4, np.int32)))
-        self._allocate()
+        self.arrays = [np.empty((self.capacity, *leaf.shape), leaf.dtype) for leaf in leaves]
+        self.size = 0
         self._other = self._another() if reusable else None
         if self._other is not None:
             self._other._other = self
 
-    def _allocate(self) -> None:
-        self.buffers = self.layout.buffers()
-        self._rows, self.noise, self.draws, self.counts = self.layout.views(self.buffers)
-        self.size = 0
-
     def _another(self) -> "Staging":
         other = copy.copy(self)
-        other._allocate()
+        other.arrays = [np.empty(array.shape, array.dtype) for array in self.arrays]
+        other.size = 0
         return other
 
     def emptied(self) -> "Staging":
@@ -111,7 +100,7 @@ class Staging:
     def add(self, observation: Any, decision: list[np.ndarray], successor: Any, outcome: np.ndarray) -> None:
         """Takes one more row: of the decision its leaves; ``outcome`` is reward, discount and last, ``[3, N]``."""
         values = [*jax.tree.leaves(observation), *jax.tree.leaves(successor), *decision, outcome]
-        for array, value in zip(self._rows, values, strict=True):
+        for array, value in zip(self.arrays, values, strict=True):
             array[self.size] = value
         self.size += 1  # Last: an interrupt before it leaves the row uncounted.
 

@@ -1,9 +1,9 @@
 """The state of the host driver, and what happens to it in one step: the half of an ``OnlineAgent`` that knows the device.
 
 One step is, in this order: (1) take in the transition that this observation completes, (2) choose the action with the parameters as they
-are, (3) learn if due. Transitions wait on the host until something reads the replay, and are then stored in one go. Where programs run
-in other threads, the action does not wait for the update, which may still run while the environment steps; where they run in the thread
-that asks (``compute_inline``), one program does both, because to start a second one would take longer than the decision.
+are, (3) learn if due. Transitions wait on the host until something reads the replay, and are then stored in one go. The action does not
+wait for the update, so the update may still run while the environment steps. (One program that both decides and learns was tried, and was
+slower on a CPU even where nothing runs beside it.)
 """
 
 import itertools
@@ -23,8 +23,8 @@ from dqn_jax.types import Agent, AgentState, RunState
 
 RECENT = 100  # Updates over which the statistics are averaged.
 
-# The state, and what must change together with it. Programs return decision, learner, metrics and memory in this order.
-DECISION, LEARNER, METRICS, MEMORY, UPDATES, STORED, STAGING = range(7)
+# The state, and what must change together with it. Programs return learner, metrics and memory in this order.
+LEARNER, METRICS, MEMORY, UPDATES, STORED, STAGING = range(6)
 
 
 class Stepper:
@@ -62,12 +62,11 @@ class Stepper:
         self.metrics = tuple(jax.eval_shape(agent.update, fresh, self._draws.row)[1])
         decision = jax.eval_shape(agent.explore, fresh, example, self._noise.row)[1]
         self._no_decision = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), decision)
-        self._is_inline = is_inline()
-        self._unstaged = Staging(example, self._no_decision, self._noise.packed, self._draws.packed, self._cadence.rows, self._is_inline)
+        self._unstaged = Staging(example, self._no_decision, self._cadence.rows, reusable=is_inline())
         ahead = self._noise.packing, self._draws.packing
-        self._parts = Parts(Packing(fresh.learner), Packing(fresh.memory), *ahead, self._unstaged.layout, self._unstaged.row)
+        self._parts = Parts(Packing(fresh.learner), Packing(fresh.memory), *ahead, self._unstaged.row)
         self._programs = compile_programs(agent, num_envs, self._parts)
-        self._cell: list[Any] = [None] * 7
+        self._cell: list[Any] = [None] * 6
         self.recent: deque[Any] = deque(maxlen=RECENT)
         self.pending: tuple[Any, list[np.ndarray]] | None = None
         self._uncut = True  # Whether the stored stream may run on into an episode that it does not belong to.
@@ -100,21 +99,15 @@ class Stepper:
                 self.take_in(outcome, observation if successor is None else successor)
             elif self._uncut:
                 self.store()
-                counts = np.array(self._counts(), np.int32)
-                self._swap(slice(MEMORY, MEMORY + 1), (), self._programs.cut, self._cell[MEMORY], counts)
+                self._swap(slice(MEMORY, MEMORY + 1), (), self._programs.cut, self._cell[MEMORY], self._counts())
                 self._uncut = False
             noise = self._noise.rows(self._decisions, self.live_state)
-            is_due = self._base + self._due(self.step) > self._cell[UPDATES]
-            if is_due and self._is_inline:
-                self._learn(self._programs.advance, DECISION, noise, observation)
-                decided = self._cell[DECISION]
-            else:
-                decided = self._programs.explore(self._cell[LEARNER], observation, noise, np.int32(self.step))
+            decided = self._programs.explore(self._cell[LEARNER], observation, noise, np.int32(self.step))
             decision = [np.asarray(leaf) for leaf in decided]
             self._decisions += 1
             self.pending = observation, decision
-            if is_due and not self._is_inline:
-                self._learn(self._programs.learn, LEARNER, noise)
+            if self._base + self._due(self.step) > self._cell[UPDATES]:
+                self._learn()
             return decision[0]  # The action: the first field of a Decision.
         except BaseException:
             self.drop()
@@ -138,19 +131,15 @@ class Stepper:
         """Stores the rows that wait."""
         staging = self._cell[STAGING]
         if staging.size:
-            staging.counts[:] = self._counts()
             noted = self._cell[UPDATES], self.step, staging.emptied()
-            self._swap(slice(MEMORY, None), noted, self._programs.store, self._cell[MEMORY], staging.buffers)
+            self._swap(slice(MEMORY, None), noted, self._programs.store, self._cell[MEMORY], staging.arrays, self._counts())
 
-    def _learn(self, program: Callable[..., Any], first: int, noise: tuple[np.ndarray, ...], *args: Any) -> None:
-        """Stores the rows that wait, and makes the updates of one interval; ``first`` of the cell is what the program returns first."""
-        _, learner, _, memory, updates, _, staging = self._cell
-        staging.counts[:] = self._counts()
-        for views, rows in ((staging.noise, noise), (staging.draws, self._draws.rows(updates, self.live_state))):
-            for view, row in zip(views, rows, strict=True):
-                view[...] = row
+    def _learn(self) -> None:
+        """Stores the rows that wait, and makes the updates of one interval."""
+        learner, _, memory, updates, _, staging = self._cell
+        draws = self._draws.rows(updates, self.live_state)
         noted = updates + self._cadence.updates, self.step, staging.emptied()
-        self._swap(slice(first, None), noted, program, learner, memory, staging.buffers, *args)
+        self._swap(slice(LEARNER, None), noted, self._programs.learn, learner, memory, staging.arrays, draws, self._counts())
         self.recent.append(self._cell[METRICS])
 
     def _swap(self, places: slice, noted: tuple[Any, ...], program: Callable[..., Any], *args: Any) -> None:
@@ -162,8 +151,8 @@ class Stepper:
         results = itertools.chain.from_iterable(map(program, *((arg,) for arg in args)))
         self._cell[places] = itertools.chain(results, noted)
 
-    def _counts(self) -> tuple[int, int, int, int]:
-        return self._decisions, self._cell[STORED], self._cell[UPDATES], self._cell[STAGING].size
+    def _counts(self) -> np.ndarray:
+        return np.array([self._decisions, self._cell[STORED], self._cell[UPDATES], self._cell[STAGING].size], np.int32)
 
     @property
     def step(self) -> int:
@@ -207,7 +196,7 @@ class Stepper:
         self.drop()
         self._key, self._decisions, self.episodes = state.key, decisions, 0
         self._base = updates - self._due(step)
-        self._cell[:] = [None, learner, None, memory, updates, step, self._unstaged.emptied()]
+        self._cell[:] = [learner, None, memory, updates, step, self._unstaged.emptied()]
 
     def snapshot(self, state: AgentState) -> RunState:
         """The RunState that has this state of the agent; the rest is copied."""
@@ -254,12 +243,11 @@ class Stepper:
 
     def _compile(self, learner: Any, memory: Any) -> None:
         """Calls every program once; ``learner`` and ``memory`` are used up."""
-        inbox, programs = self._unstaged.layout.buffers(), self._programs
+        programs, rows, counts = self._programs, [np.zeros_like(array) for array in self._unstaged.arrays], np.zeros(4, np.int32)
         programs.exploit(learner, self._example)
         noise = self._noise.rows(self._decisions, self.live_state)
-        self._draws.rows(self._cell[UPDATES], self.live_state)
-        programs.explore(learner, self._example, noise, np.int32(0))
-        (memory,) = programs.store(memory, inbox)
-        (memory,) = programs.cut(memory, np.zeros(4, np.int32))
-        learn = (programs.advance, self._example) if self._is_inline else (programs.learn,)
-        jax.block_until_ready(learn[0](learner, memory, inbox, *learn[1:]))
+        draws = self._draws.rows(self._cell[UPDATES], self.live_state)
+        programs.explore(learner, self._example, noise, counts[1])
+        (memory,) = programs.store(memory, rows, counts)
+        (memory,) = programs.cut(memory, counts)
+        jax.block_until_ready(programs.learn(learner, memory, rows, draws, counts))

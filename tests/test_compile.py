@@ -48,7 +48,6 @@ def compiled_in(caplog):
 
 def compilations(agent):
     programs = {name: program._cache_size() for name, program in agent._stepper._programs._asdict().items()}
-    assert programs.pop("advance") == 0  # In place of two others where JAX computes inline, see test_online.py.
     return {**programs, "noise": agent._stepper._noise._draw._cache_size(), "draws": agent._stepper._draws._draw._cache_size()}
 
 
@@ -237,20 +236,21 @@ class Shapes:
         draws = Ahead(agent.draw, state, cadence.updates)
         decision = jax.eval_shape(agent.explore, state, observation, noise.row)[1]
         no_decision = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), decision)
-        staging = Staging(np.asarray(observation), no_decision, noise.packed, draws.packed, cadence.rows)
-        parts = Parts(Packing(state.learner), Packing(state.memory), noise.packing, draws.packing, staging.layout, staging.row)
+        staging = Staging(np.asarray(observation), no_decision, cadence.rows)
+        parts = Parts(Packing(state.learner), Packing(state.memory), noise.packing, draws.packing, staging.row)
         programs = compile_programs(agent, num_envs, parts)
         learner, memory = parts.learner.pack(state.learner), parts.memory.pack(state.memory)
         self.state, self.memory = state.memory, memory
+        drawn = jax.eval_shape(parts.draws.pack, stacked(draws.row, cadence.updates))
+        counts = jax.ShapeDtypeStruct((4,), jnp.int32)
         self.calls = {
-            "store": (programs.store, (memory, staging.buffers)),
-            "cut": (programs.cut, (memory, jax.ShapeDtypeStruct((4,), jnp.int32))),
-            "learn": (programs.learn, (learner, memory, staging.buffers)),
-            "advance": (programs.advance, (learner, memory, staging.buffers, observation)),
+            "store": (programs.store, (memory, staging.arrays, counts)),
+            "cut": (programs.cut, (memory, counts)),
+            "learn": (programs.learn, (learner, memory, staging.arrays, drawn, counts)),
         }
 
 
-@pytest.mark.parametrize("name", ["store", "cut", "learn", "advance"])
+@pytest.mark.parametrize("name", ["store", "cut", "learn"])
 @pytest.mark.parametrize(
     ("memory", "num_envs", "n_steps", "interval"),
     [

@@ -646,7 +646,7 @@ def test_compute_inline_comes_before_anything_is_computed():
     "options", ["", "prioritized=True, update_interval=4, updates_per_interval=2", "num_envs=4, update_interval=4, n_steps=3"]
 )
 def test_inline_is_bit_for_bit_the_same(options):
-    """Inline, one program decides and learns, and the buffers of the rows that wait are used again."""
+    """Inline, the arrays of the rows that wait are used again."""
     code = f"""
         import gymnasium, numpy as np, dqn_jax
         INLINE
