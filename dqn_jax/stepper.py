@@ -2,8 +2,8 @@
 
 One step is, in this order: (1) take in the transition that this observation completes, (2) choose the action with the parameters as they
 are, (3) learn if due. Transitions wait on the host until something reads the replay, and are then stored in one go. The action does not
-wait for the update, so the update may still run while the environment steps. (One program that both decides and learns was tried, and was
-slower on a CPU even where nothing runs beside it.)
+wait for the update, so the update may still run while the environment steps. (One program that both decides and learns was tried with
+``compute_inline``, and was slower.)
 """
 
 import itertools

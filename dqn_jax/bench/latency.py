@@ -3,7 +3,7 @@
 Microseconds, 50th, 95th and 99th percentile, each call blocked until its results are ready:
 
 * ``act``, beside the bare network under ``jax.jit`` with argmax and the action read back: as one writes it, ``int(choose(params,
-  observation))``, and lean, with the parameters as a flat tuple and read back by NumPy, which is the fastest that JAX does. Where torch
+  observation))``, and lean, with the parameters as a flat tuple and read back by NumPy, the leanest way found so far. Where torch
   is installed, beside PyTorch's eager forward pass on one thread: a NumPy observation goes in, a Python int comes out;
 * ``act_and_train``, apart for calls in which an update falls due (every fourth) and calls in which none does (of
   these the first after an update is the slowest);
@@ -304,9 +304,7 @@ def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     if options.inline:
         compute_inline()
-    measured = {"inline": options.inline, **measure(options.quick)}
-    show(measured)
-    report.write(options.out, measured)
+    report.run(measure, show, options.quick, options.out, inline=options.inline)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def cache() -> Path:
 
 
 def build(folder: Path, source: Path = SOURCE) -> Path:
-    """Compiles the program (about half a minute), or finds it where it has been compiled before.
+    """Compiles the program (about ten seconds), or finds it where it has been compiled before.
 
     Args:
       folder: where the program is kept, made where it is missing; its name tells the source, PyTorch and the flags apart.

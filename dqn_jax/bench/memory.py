@@ -207,9 +207,7 @@ def main() -> None:
         asked = json.loads(options.one)
         print(json.dumps(measure_here(asked["name"], asked["quick"])))
         return
-    measured = measure(options.quick)
-    show(measured)
-    report.write(options.out, measured)
+    report.run(measure, show, options.quick, options.out)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,15 @@ def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Non
     for first, *others in [head, *rows]:
         cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
         print("  " + "  ".join(cells).rstrip(), flush=True)
+
+
+def run(
+    measure: Callable[[bool], dict[str, Any]], show: Callable[[dict[str, Any]], None], quick: bool, out: Path | None, **beside: Any
+) -> None:
+    """What the command of a section does: ``measure(quick)``, ``show`` it, and write it to ``out`` with what is said ``beside`` it."""
+    measured = {**beside, **measure(quick)}
+    show(measured)
+    write(out, measured)
 
 
 def write(out: Path | None, measured: dict[str, Any]) -> None:

@@ -197,9 +197,7 @@ def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     if options.inline:
         compute_inline()
-    measured = {"inline": options.inline, **measure(options.quick)}
-    show(measured)
-    report.write(options.out, measured)
+    report.run(measure, show, options.quick, options.out, inline=options.inline)
 
 
 if __name__ == "__main__":

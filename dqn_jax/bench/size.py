@@ -57,8 +57,11 @@ def required(name: str) -> tuple[dict[str, Distribution], list[str]]:
       ModuleNotFoundError: if ``packaging`` is not installed.
       PackageNotFoundError: if the distribution itself is not.
     """
-    from packaging.requirements import Requirement
-    from packaging.utils import canonicalize_name
+    try:
+        from packaging.requirements import Requirement
+        from packaging.utils import canonicalize_name
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("the sizes need packaging, to read the conditions of requirements: pip install packaging") from error
 
     found: dict[str, Distribution] = {canonicalize_name(name): importlib.metadata.distribution(name)}
     absent: set[str] = set()
@@ -172,9 +175,7 @@ def show(measured: dict[str, Any]) -> None:
 def main() -> None:
     """Measures, prints tables, and writes everything to ``--out``."""
     options = tyro.cli(Options, description=__doc__)
-    measured = measure(options.quick)
-    show(measured)
-    report.write(options.out, measured)
+    report.run(measure, show, options.quick, options.out)
 
 
 if __name__ == "__main__":
