@@ -7,8 +7,9 @@ from dqn_jax.envs import from_func_env, from_gymnax, from_pgx, make, true_succes
 from dqn_jax.online import OnlineAgent
 from dqn_jax.options import PRESETS, DQNOptions
 from dqn_jax.presets import DQN, dqn
-from dqn_jax.programs import compute_inline
+from dqn_jax.programs import compute_inline, device_per_core
 from dqn_jax.runs import load_run
+from dqn_jax.seeds import over_seeds
 from dqn_jax.training import Result, Training, evaluate, train
 from dqn_jax.types import (
     Agent,
@@ -51,12 +52,14 @@ __all__ = [
     "Result",
     "train",
     "evaluate",
+    "over_seeds",
     "OnlineAgent",
     "DQNOptions",
     "PRESETS",
     "dqn",
     "DQN",
     "compute_inline",
+    "device_per_core",
     "load_run",
     "CheckpointError",
     "digest",

@@ -31,13 +31,14 @@ def require_room(shapes: Any, copies: int = 1) -> None:
     if present is not None and needed > present:
         raise MemoryError(
             f"{needed:,} bytes are needed ({needed / 1e9:.1f} GB for {copies} agent(s)), nearly all of it for the replay, and "
-            f"{_device()} has {present:,} ({present / 1e9:.1f} GB): lower capacity, or, for images, keep each once with the option frames"
+            f"{devices()[0]} has {present:,} ({present / 1e9:.1f} GB): lower capacity, or, for images, keep each once with the option "
+            "frames"
         )
 
 
 def device_bytes() -> int | None:
     """The memory that arrays may take on the default device, in bytes, or None where the system does not say."""
-    device = _device()
+    device = devices()[0]
     if device.platform != "cpu":
         return (device.memory_stats() or {}).get("bytes_limit")
     try:
@@ -65,7 +66,7 @@ def peak_bytes() -> int:
         return peak if sys.platform == "darwin" else 1024 * peak  # Bytes there, kilobytes elsewhere.
 
 
-def _device() -> jax.Device:
-    """The device that arrays are made on where nobody says otherwise."""
+def devices() -> list[jax.Device]:
+    """The devices of this process that compute where nobody says otherwise; arrays are made on the first."""
     chosen: Any = getattr(jax.config, "jax_default_device")  # noqa: B009 (its type stubs do not know it)
-    return chosen if isinstance(chosen, jax.Device) else jax.local_devices(backend=chosen)[0]
+    return [chosen] if isinstance(chosen, jax.Device) else jax.local_devices(backend=chosen)

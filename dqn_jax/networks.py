@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
+from flax.linen.dtypes import promote_dtype
 
 
 def flatten(observation: chex.ArrayTree) -> chex.Array:
@@ -26,19 +27,22 @@ class QNetwork(nn.Module):
       num_actions: the number A of actions.
       hidden: width of each hidden layer.
       features: from a batch of observations, any pytree of ``[B, ...]``, to vectors ``[B, F]``.
+      dtype: in which to compute, for example ``jnp.bfloat16``; by default that of inputs and parameters together, as in flax.
+        Parameters stay float32.
     """
 
     num_actions: int
     hidden: Sequence[int] = (64, 64)
     features: Callable[[chex.ArrayTree], chex.Array] = flatten
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, observation: chex.ArrayTree) -> chex.Array:
-        """The values ``[B, A]`` of a batch of observations ``[B, ...]``."""
+        """The values ``[B, A]`` of a batch of observations ``[B, ...]``, float32 in whatever type they were computed."""
         x = self.features(observation)  # [B, F]
         for width in self.hidden:
-            x = nn.relu(nn.Dense(width)(x))
-        return nn.Dense(self.num_actions)(x)  # [B, A]
+            x = nn.relu(nn.Dense(width, dtype=self.dtype)(x))
+        return nn.Dense(self.num_actions, dtype=self.dtype)(x).astype(jnp.float32)  # [B, A]
 
 
 # Convolutions for ``ConvQNetwork``, as (filters, kernel size, stride), and the hidden layers that go with them.
@@ -54,12 +58,12 @@ def conv(x: chex.Array, kernel: chex.Array, stride: int) -> chex.Array:
     ``jax.default_backend()``.
 
     Args:
-      x: images ``[B, H, W, C]`` of float32, no smaller than the kernel.
-      kernel: ``[K, K, C, F]``.
+      x: images ``[B, H, W, C]`` of floats, no smaller than the kernel.
+      kernel: ``[K, K, C, F]`` of the same type.
       stride: the step between windows, in pixels, along both axes.
 
     Returns:
-      ``[B, (H - K) // stride + 1, (W - K) // stride + 1, F]``.
+      ``[B, (H - K) // stride + 1, (W - K) // stride + 1, F]`` of the same type.
     """
     chex.assert_rank([x, kernel], 4)
     if jax.default_backend() == "cpu":
@@ -98,18 +102,21 @@ class Conv(nn.Module):
       features: the number F of filters.
       kernel_size: the side K of a square window, in pixels.
       stride: the step between windows, in pixels.
+      dtype: in which to compute; by default that of images and parameters together. Parameters stay float32.
     """
 
     features: int
     kernel_size: int
     stride: int = 1
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: chex.Array) -> chex.Array:
-        """From images ``[B, H, W, C]`` to ``[B, (H - K) // stride + 1, (W - K) // stride + 1, F]``."""
+        """From images ``[B, H, W, C]`` to ``[B, (H - K) // stride + 1, (W - K) // stride + 1, F]`` of the type computed in."""
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
         return conv(x, kernel, self.stride) + bias
 
 
@@ -121,16 +128,18 @@ class ConvQNetwork(nn.Module):
       convolutions: (filters, kernel size, stride) of each, first to last: ``NATURE``, ``MINATAR`` or your own.
       hidden: width of each hidden layer after them.
       image: from a batch of observations to images ``[B, H, W, C]`` of float32, for example ``spaces.image(space)``.
+      dtype: in which to compute, as for ``QNetwork``.
     """
 
     num_actions: int
     convolutions: Sequence[tuple[int, int, int]]
     hidden: Sequence[int]
     image: Callable[[chex.ArrayTree], chex.Array]
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, observation: chex.ArrayTree) -> chex.Array:
-        """The values ``[B, A]`` of a batch of observations ``[B, ...]``.
+        """The values ``[B, A]`` of a batch of observations ``[B, ...]``, float32 in whatever type they were computed.
 
         Raises:
           ValueError: if a kernel does not fit the image that reaches it.
@@ -143,11 +152,11 @@ class ConvQNetwork(nn.Module):
                     f"its {size}x{size} kernel: give smaller kernels or strides (networks.MINATAR suits 10x10), enlarge the image, or "
                     "say where its channels are (spaces.image)"
                 )
-            x = nn.relu(Conv(filters, size, stride)(x))
+            x = nn.relu(Conv(filters, size, stride, self.dtype)(x))
         x = x.reshape(x.shape[0], -1)  # [B, F]
         for features in self.hidden:
-            x = nn.relu(nn.Dense(features)(x))
-        return nn.Dense(self.num_actions)(x)  # [B, A]
+            x = nn.relu(nn.Dense(features, dtype=self.dtype)(x))
+        return nn.Dense(self.num_actions, dtype=self.dtype)(x).astype(jnp.float32)  # [B, A]
 
 
 class Network(NamedTuple):

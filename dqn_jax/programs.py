@@ -25,20 +25,45 @@ def compute_inline() -> None:
     """Lets JAX compute on the CPU in the thread that asks, and with no other: faster for small networks stepped from Python.
 
     To hand a small program to another thread, and to wait for it, takes longer than the program (figures in README.md). A large network
-    or a large batch is better off with all threads. It holds for the whole process and for those that it starts, so it is for the owner
-    of the process to call, before anything else uses JAX.
+    or a large batch is better off with all threads, many seeds in a compiled loop with ``device_per_core``. It holds for the whole
+    process and for those that it starts, so it is for the owner of the process to call, before anything else uses JAX.
 
     Raises:
       RuntimeError: if JAX has already begun to compute; nothing has changed then.
     """
-    from jax._src import xla_bridge  # There is no public way to ask whether JAX has started.
-
-    if xla_bridge.backends_are_initialized():
-        raise RuntimeError("JAX has already begun to compute: call compute_inline() before the first array is made")
+    _require_not_begun("compute_inline")
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     os.environ["PJRT_NPROC"] = "1"  # Threads of the CPU backend; read when it starts.
     global _INLINE
     _INLINE = True
+
+
+def device_per_core() -> None:
+    """Makes the CPU as many devices as this process may use cores: ``dqn_jax.over_seeds`` then gives each of them a share of the seeds.
+
+    A core that computes its share by itself does more than all cores together on everybody's (figures in README.md). What does not ask
+    for several devices goes on using the first, a host loop somewhat slower than before. Where ``jax_num_cpu_devices`` has been set, it
+    stays. It holds for the whole process, so it is for the owner of the process to call, before anything else uses JAX.
+
+    Raises:
+      RuntimeError: if JAX has already begun to compute; nothing has changed then.
+    """
+    _require_not_begun("device_per_core")
+    chosen: int = getattr(jax.config, "jax_num_cpu_devices")  # noqa: B009 (its type stubs do not know it)
+    if chosen < 0 and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", usable_cores())
+
+
+def _require_not_begun(function: str) -> None:
+    from jax._src import xla_bridge  # There is no public way to ask whether JAX has started.
+
+    if xla_bridge.backends_are_initialized():
+        raise RuntimeError(f"JAX has already begun to compute: call {function}() before the first array is made")
+
+
+def usable_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def is_inline() -> bool:

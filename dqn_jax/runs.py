@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dqn_jax import checkpoint, envs, footprint, spaces, training
+from dqn_jax import checkpoint, envs, footprint, seeds, spaces, training
 from dqn_jax.options import dqn_options, epsilon_schedule
 from dqn_jax.presets import DQN, dqn, read_spaces
 from dqn_jax.types import Agent
@@ -139,18 +139,22 @@ class CompiledRuns:
         self.agent = dqn(self._env, **task.options)
         self._epsilon = epsilon_schedule(dqn_options(**task.options))
         self._training = training.train(self.agent, self._env, num_steps=task.steps, num_envs=task.num_envs, history_length=CHUNKS)
-        self._keys = jax.vmap(jax.random.key)(task.seed + jnp.arange(task.seeds))
-        self._eval_keys = jax.vmap(jax.random.key)(task.seed + 10_000 + jnp.arange(task.seeds))
+        self._where = seeds.sharding(task.seeds)
+        self._keys, self._eval_keys = (
+            jax.device_put(jax.vmap(jax.random.key)(first + jnp.arange(task.seeds)), self._where)
+            for first in (task.seed, task.seed + 10_000)
+        )
 
     def compile(self) -> None:
         """Compiles everything, and collects the warm-up."""
         play = training.evaluate(self.agent, self._env, num_episodes=self.task.eval_episodes, max_steps=self._env.time_limit or 10_000)
-        init, advance = jax.jit(jax.vmap(self._training.init)), jax.jit(jax.vmap(self._training.advance), donate_argnums=0)
+        init, advance = jax.jit(seeds.over_seeds(self._training.init)), jax.jit(seeds.over_seeds(self._training.advance), donate_argnums=0)
+        footprint.require_room(jax.eval_shape(self._training.init, self._keys[0]), seeds.num_in_one_memory(self.task.seeds))
         shape = jax.eval_shape(init, self._keys)
-        footprint.require_room(shape)
+        shape = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._where), shape)
         self._init = init.lower(self._keys).compile()
         self._advance = advance.lower(shape).compile()
-        self._evaluate = jax.jit(jax.vmap(play)).lower(shape.agent, self._eval_keys).compile()
+        self._evaluate = jax.jit(seeds.over_seeds(play)).lower(shape.agent, self._eval_keys).compile()
         self._run = self._init(self._keys)
 
     @property
@@ -181,7 +185,7 @@ class CompiledRuns:
     def restore(self, state: Any, steps: int) -> None:
         """Goes on from ``state``, exactly."""
         del steps  # It is in the state.
-        self._run = state
+        self._run = jax.device_put(state, self._where)
 
     def learners(self) -> Any:
         """What the agents have learnt, stacked over seeds, as NumPy."""

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dqn_jax import checkpoint, footprint
+from dqn_jax import checkpoint, footprint, seeds
 from dqn_jax.types import Agent, AgentState, Env, RunState, Transition
 
 CYCLES_PER_BLOCK = 64
@@ -38,7 +38,7 @@ class EpisodeStatistics(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What a run gives back; stacked along a first axis where it was vmapped over seeds.
+    """What a run gives back; stacked along a first axis where it was mapped over seeds.
 
     Attributes:
       run: the RunState at the end, from which ``advance`` can go on.
@@ -55,8 +55,12 @@ class Result(NamedTuple):
         return self.run.agent
 
     def seed(self, index: int) -> "Result":
-        """One seed of a result that was vmapped over seeds: it indexes the first axis."""
-        return jax.tree.map(lambda leaf: leaf[index], self)
+        """One seed of a result that was mapped over seeds.
+
+        Raises:
+          IndexError: if there is no such seed.
+        """
+        return seeds.one_seed(self, index)
 
     def plot(self, ax: Any = None) -> Any:
         """Draws the mean return of ended episodes against steps: one line, or the median of the seeds and the band of quartiles.

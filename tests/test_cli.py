@@ -373,20 +373,25 @@ def test_an_unused_gpu_is_pointed_out(installed, dqn_jax_command, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("words", "inline"),
+    ("words", "choice"),
     [
-        ([HOST], True),
-        ([HOST, "--hidden", 512, "--batch-size", 512], False),
-        (["phys2d/CartPole-v1"], True),
-        (["phys2d/CartPole-v1", "--seeds", 128], False),
+        ([HOST], "inline"),
+        ([HOST, "--hidden", 512, "--batch-size", 512], None),
+        ([HOST, "--seeds", 4], "inline"),  # They take turns.
+        (["phys2d/CartPole-v1"], "inline"),
+        (["phys2d/CartPole-v1", "--seeds", 3], "inline"),  # The two cores cannot share them.
+        (["phys2d/CartPole-v1", "--seeds", 127], None),
+        (["phys2d/CartPole-v1", "--seeds", 128], "device per core"),
     ],
 )
-def test_small_networks_compute_on_one_thread(words, inline, monkeypatch, tmp_path):
+def test_threads_suit_the_work(words, choice, monkeypatch, tmp_path):
     chosen = []
-    monkeypatch.setattr(cli, "compute_inline", lambda: chosen.append(True))
+    monkeypatch.setattr(cli, "usable_cores", lambda: 2)
+    monkeypatch.setattr(cli, "compute_inline", lambda: chosen.append("inline"))
+    monkeypatch.setattr(cli, "device_per_core", lambda: chosen.append("device per core"))
     monkeypatch.setattr(cli, "train", lambda task, folder, resume: {})
     cli.main([*map(str, ["train", *words, "--folder", tmp_path, "--json"])])
-    assert bool(chosen) == inline
+    assert chosen == ([] if choice is None else [choice])
 
 
 def test_a_run_becomes_an_agent(finished, summary_of):

@@ -15,7 +15,7 @@ SOURCES = {path.relative_to(ROOT).with_suffix("").as_posix(): ast.parse(path.rea
 FOUNDATION = {"types"}
 TOOLS = {"returns", "networks", "policies", "normalize", "optimizers", "spaces"}
 DATA = {"memory", "algorithms", "curiosity", "envs"}
-DRIVERS = {"training", "programs", "staging", "stepper", "online"}
+DRIVERS = {"seeds", "training", "programs", "staging", "stepper", "online"}
 BELOW_PRESETS = FOUNDATION | TOOLS | DATA | {"agent", "checkpoint", "footprint", "options"} | DRIVERS
 # What each room may import, besides itself. A new room needs a line here: say where it stands.
 MAY_IMPORT = {
@@ -28,7 +28,8 @@ MAY_IMPORT = {
     "agent": FOUNDATION,
     "checkpoint": FOUNDATION,
     "footprint": set(),
-    "training": FOUNDATION | {"checkpoint", "footprint"},
+    "seeds": {"footprint"},
+    "training": FOUNDATION | {"checkpoint", "footprint", "seeds"},
     "programs": FOUNDATION,
     "staging": FOUNDATION | {"programs"},
     "stepper": FOUNDATION | {"checkpoint", "footprint", "programs", "staging"},

@@ -630,18 +630,19 @@ def in_a_fresh_process(code):
     return subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True).stdout.strip()
 
 
-def test_compute_inline_comes_before_anything_is_computed():
-    said = in_a_fresh_process("""
+@pytest.mark.parametrize("function", ["compute_inline", "device_per_core"])
+def test_threads_are_chosen_before_anything_is_computed(function):
+    said = in_a_fresh_process(f"""
         import jax
         import dqn_jax
-        dqn_jax.compute_inline()  # Importing the package has computed nothing yet.
+        dqn_jax.{function}()  # Importing the package has computed nothing yet.
         assert jax.numpy.ones(3).sum() == 3
         try:
-            dqn_jax.compute_inline()
+            dqn_jax.{function}()
         except RuntimeError as error:
             print(error)
     """)
-    assert said == "JAX has already begun to compute: call compute_inline() before the first array is made"
+    assert said == f"JAX has already begun to compute: call {function}() before the first array is made"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,126 @@
+"""Seeds are spread over devices; how many share one is all that may touch the bits."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import dqn_jax
+from dqn_jax import footprint, seeds
+
+# What a process with so many CPU devices learns: the digest of every seed, and where the results lie.
+LEARN = """
+import json
+import gymnasium
+import jax
+import dqn_jax
+SET_UP
+env = dqn_jax.make("phys2d/CartPole-v1")
+options = dict(hidden=(16,), batch_size=8, capacity=200, replay_start_size=50, prioritized=True)
+training = dqn_jax.train(dqn_jax.dqn(env, **options), env, num_steps=300)
+compiled = jax.jit(dqn_jax.over_seeds(training.run)).lower(jax.random.split(jax.random.key(0), 6)).compile()
+result = compiled(jax.random.split(jax.random.key(0), 6))
+ones = [result.seed(i) for i in range(6)]
+agent = dqn_jax.DQN.from_state(gymnasium.make("CartPole-v1"), result.seed(-1).state, **options)
+agent.act_and_train(agent.observation_space.sample(), 0.0)
+print(json.dumps({
+    "devices": len(jax.devices()),
+    "shares": len(result.state.step.sharding.device_set),
+    "digests": [dqn_jax.digest(one.state) for one in ones],
+    "at home": all(leaf.devices() == {jax.devices()[0]} for leaf in jax.tree.leaves([ones, agent.state])),
+    "talks": [word for word in ("all-reduce", "all-gather", "collective-permute", "all-to-all") if word in compiled.as_text()],
+}))
+"""
+
+
+def in_a_fresh_process(program, *words):
+    done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1]
+
+
+def learn(set_up):
+    return json.loads(in_a_fresh_process(LEARN.replace("SET_UP", set_up)))
+
+
+def test_seeds_lie_on_all_devices_that_divide_them_and_none_waits_for_another():
+    one, two, four = (learn(f"jax.config.update('jax_num_cpu_devices', {count})") for count in (1, 2, 4))
+    assert [found["shares"] for found in (one, two, four)] == [1, 2, 3]  # Six seeds.
+    assert all(found["at home"] and not found["talks"] for found in (one, two, four))
+    # On XLA's CPU backend with networks of this size the number of seeds on a device changes no bit. This is not promised.
+    assert one["digests"] == two["digests"] == four["digests"]
+    assert len(set(one["digests"])) == 6
+
+
+def test_there_is_a_device_for_each_core():
+    program = "import jax, dqn_jax; dqn_jax.device_per_core(); print(len(jax.devices()))"
+    assert int(in_a_fresh_process(program)) == dqn_jax.programs.usable_cores()
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    ["jax.config.update('jax_num_cpu_devices', 3)", "import os; os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=3'"],
+)
+def test_who_has_chosen_the_number_of_devices_keeps_it(chosen):
+    program = f"import jax, dqn_jax; {chosen}; dqn_jax.device_per_core(); print(len(jax.devices()))"
+    assert in_a_fresh_process(program) == "3"
+
+
+def test_the_most_devices_that_divide_the_seeds():
+    assert [seeds.num_devices(16, count) for count in (1, 2, 3, 5, 16, 64)] == [1, 2, 2, 4, 16, 16]
+    assert seeds.num_devices(5, 2) == 1 and seeds.num_devices(1, 8) == 1
+
+
+def test_cores_share_their_memory_and_other_devices_do_not(monkeypatch):
+    assert seeds.num_in_one_memory(6) == 6
+
+    class Card:
+        platform = "gpu"
+
+    monkeypatch.setattr(footprint, "devices", lambda: [Card(), Card()])
+    assert seeds.num_in_one_memory(6) == 3 and seeds.num_in_one_memory(5) == 5
+
+
+def test_a_chosen_device_is_the_only_one():
+    device = jax.devices()[0]
+    with jax.default_device(device):
+        assert footprint.devices() == [device]
+    with jax.default_device("cpu"):
+        assert footprint.devices() == jax.local_devices(backend="cpu")
+
+
+def test_one_seed_of_a_tree():
+    tree = {"a": jnp.arange(6).reshape(3, 2), "b": np.arange(3)}
+    for index in (2, -1):
+        one = seeds.one_seed(tree, index)
+        assert one["b"] == 2
+        np.testing.assert_array_equal(one["a"], [4, 5])
+    assert int(jax.jit(lambda tree: seeds.one_seed(tree, 1)["a"][0])(tree)) == 2
+
+
+@pytest.mark.parametrize("index", [3, -4])
+def test_a_seed_that_is_not_there_is_named(index):
+    with pytest.raises(IndexError, match=f"there are 3 seeds, 0 to 2: there is no seed {index}"):
+        seeds.one_seed(jnp.zeros((3, 2)), index)
+
+
+def test_the_command_goes_on_exactly_where_seeds_are_spread(tmp_path):
+    program = """
+import sys
+import jax
+jax.config.update("jax_num_cpu_devices", 2)
+from dqn_jax.cli import main
+main(sys.argv[1:])
+"""
+    small = ["--hidden", "8", "--batch-size", "8", "--capacity", "200", "--replay-start-size", "50", "--eval-episodes", "2", "--json"]
+    train = ["train", "phys2d/CartPole-v1", "--seeds", "2", "--folder", str(tmp_path), *small]
+    begun = json.loads(in_a_fresh_process(program, *train, "--name", "run", "--steps", "1000"))
+    resume = ["train", "--resume", str(tmp_path / "run"), "--json"]
+    loaded = json.loads(in_a_fresh_process(program, *resume))
+    assert loaded["state_sha256"] == begun["state_sha256"]
+    longer = json.loads(in_a_fresh_process(program, *resume, "--steps", "1500"))
+    assert longer["complete"] and longer["updates"] > begun["updates"]
