@@ -1,5 +1,6 @@
 """The benchmark's loops do what their setting says, and equally much of it."""
 
+import dataclasses
 import shutil
 import subprocess
 
@@ -8,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from dqn_jax.bench import compiled_loops, host_loops, libtorch, loops, peers
+from dqn_jax.bench import compiled_loops, host_loops, libtorch, loops, peers, torch_loops
 from dqn_jax.bench.settings import DECK, PLAIN, epsilon_at, options
 from dqn_jax.envs import make
 from dqn_jax.options import PRESETS, dqn_options
@@ -22,7 +23,7 @@ UPDATES = 75
 def updates_at_the_last_step(make_loop, setting):
     seen = []
     env = loops.Clock(gymnasium.make("CartPole-v1"), {STEPS: lambda: seen.append(loop.updates())})
-    loop = make_loop(env, setting, STEPS, 0)
+    loop = host_loops.HostLoop(*make_loop(env, setting, STEPS, 0))
     loop.run()
     assert loop.greedy(np.zeros(4, np.float32)) in (0, 1)
     return seen[0]
@@ -41,6 +42,11 @@ def test_epsilon_falls_in_a_line_and_stays():
     assert [epsilon_at(DECK, step) for step in (0, 25_000, 50_000, 90_000)] == pytest.approx([0.5, 0.3, 0.1, 0.1])
 
 
+def test_epsilon_without_jax_is_the_same():
+    for step in (0, 25_000, 50_000, 90_000):
+        assert torch_loops.epsilon_at(DECK, step) == epsilon_at(DECK, step)
+
+
 @pytest.mark.parametrize("make_loop", [host_loops.ours, host_loops.numpy_replay])
 def test_host_loops_make_the_same_updates(make_loop):
     assert updates_at_the_last_step(make_loop, SMALL) == UPDATES
@@ -49,7 +55,12 @@ def test_host_loops_make_the_same_updates(make_loop):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("package", "make_loop"),
-    [("torch", peers.torch_eager), ("stable_baselines3", peers.sb3), ("stable_baselines3", peers.cleanrl_style), ("pfrl", peers.pfrl)],
+    [
+        ("torch", torch_loops.torch_eager),
+        ("stable_baselines3", torch_loops.sb3),
+        ("stable_baselines3", peers.cleanrl_style),
+        ("pfrl", torch_loops.pfrl),
+    ],
 )
 def test_loops_of_other_packages_make_the_same_updates(package, make_loop):
     pytest.importorskip(package)
@@ -57,7 +68,7 @@ def test_loops_of_other_packages_make_the_same_updates(package, make_loop):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("package", "make_loop"), [("torch", peers.torch_eager), ("pfrl", peers.pfrl)])
+@pytest.mark.parametrize(("package", "make_loop"), [("torch", torch_loops.torch_eager), ("pfrl", torch_loops.pfrl)])
 def test_n_steps_and_double_change_no_count(package, make_loop):
     pytest.importorskip(package)
     # PFRL counts windows that are complete: by 102 there are a hundred of them.
@@ -96,13 +107,13 @@ def test_compiled_loops_refuse_what_they_cannot_do():
 def test_sb3_refuses_double():
     pytest.importorskip("stable_baselines3")
     with pytest.raises(ValueError, match="Double DQN"):
-        peers.sb3(gymnasium.make("CartPole-v1"), PLAIN._replace(double=True), STEPS, 0)
+        torch_loops.sb3(gymnasium.make("CartPole-v1"), PLAIN._replace(double=True), STEPS, 0)
 
 
 @pytest.mark.parametrize("n_steps", [1, 3])
 def test_windows_stop_at_an_episodes_end_and_at_the_newest_row(n_steps):
     setting = SMALL._replace(n_steps=n_steps, capacity=7, batch_size=64, gamma=0.5)
-    replay, rng = peers.WindowReplay(setting, 0), np.random.default_rng(1)
+    replay, rng = torch_loops.WindowReplay(setting, 0), np.random.default_rng(1)
     made = []
     for number in range(40):
         reward, terminated, truncated = float(rng.normal()), rng.random() < 0.15, rng.random() < 0.15
@@ -195,3 +206,82 @@ def test_without_torch_there_is_no_program(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match="pip install torch"):
         libtorch.build(tmp_path)
+
+
+def test_a_piece_of_work_names_its_setting_and_its_window():
+    deck, plain, *_ = loops.FULL
+    assert deck.setting == DECK and plain.setting == PLAIN
+    assert loops.SHORT[0].setting == DECK
+    assert deck.title == "host loop, the deck's setting, an update every 8 steps, steps 2,000 to 12,000"
+    late = loops.Work("host", 1, 30_000, begin=20_000)
+    assert late in loops.FULL and late.setting == PLAIN._replace(interval=1)
+    assert late.title == "host loop, the plain setting, an update every 1 steps, steps 20,000 to 30,000, after exploration"
+    assert loops.Work("compiled", 4, 20_000, 16).title.endswith("16 seeds, 20,000 steps each")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["ours", "torch", "sb3", "pfrl"])
+def test_in_the_decks_window_all_make_the_same_updates(name):
+    if name in loops.NEEDS:
+        pytest.importorskip(loops.NEEDS[name])
+    result = loops.measure_host(name, loops.Work("host", DECK.interval, 360, begin=200, deck=True), 0, evaluate=False)
+    assert result["updates"] == 20 and result["steps_per_second"] > 0
+
+
+def test_who_cannot_do_a_setting_is_left_out_and_said_so(capsys):
+    deck, plain = loops.Work("host", 8, 4_000, deck=True), loops.Work("host", 8, 4_000)
+    assert all(loops.able(name, plain) for name in [*loops.HOST, loops.LIBTORCH])
+    assert capsys.readouterr().out == ""
+    assert [name for name in loops.CONTENDERS if loops.able(name, deck)] == ["ours", "torch", "sb3", "pfrl", "libtorch"]
+    said = capsys.readouterr().out.splitlines()
+    assert [line.removeprefix(f"{deck.title}: ") for line in said] == [
+        f"{name} is left out: it has no n-step returns" for name in ("cleanrl-style", "numpy-replay")
+    ]
+    assert [name for name in loops.CONTENDERS if loops.able(name, loops.Work("compiled", 4, 5_000, 16))] == ["ours", "purejaxrl-style"]
+    assert not loops.able("rejax", loops.Work("compiled", 4, 5_000, deck=True))
+
+
+@pytest.mark.parametrize(("name", "what"), [(name, what) for name, lacking in loops.LACKS.items() for what in lacking])
+def test_what_a_contender_lacks_its_loop_refuses(name, what):
+    if name in loops.NEEDS:
+        pytest.importorskip(loops.NEEDS[name])
+    setting = {loops.N_STEPS: SMALL._replace(n_steps=3), loops.DOUBLE: SMALL._replace(double=True)}[what]
+    with pytest.raises(ValueError, match=r"one-step|Double DQN"):
+        if name in loops.HOST:
+            loops.HOST[name](gymnasium.make("CartPole-v1"), setting, STEPS, 0)
+        else:
+            loops.COMPILED[name](make("phys2d/CartPole-v1"), setting, STEPS)
+
+
+def test_contenders_are_chosen_by_name(monkeypatch, capsys):
+    assert loops.chosen(("numpy-replay", "ours")) == ["ours", "numpy-replay"]
+    with pytest.raises(ValueError, match=r"no contender numpy, sb4: --only takes ours, cleanrl-style, .*libtorch, purejaxrl-style, rejax"):
+        loops.chosen(("numpy", "ours", "sb4"))
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert loops.chosen(()) == ["ours", "numpy-replay", "purejaxrl-style"]
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 6 and "sb3 is skipped: stable_baselines3 is not installed" in said
+    assert "libtorch is skipped: torch is not installed" in said
+
+
+def test_windows_of_one_setting_share_the_learning_runs(monkeypatch):
+    asked = []
+
+    def apart(name, work, seed, evaluate=False):
+        asked.append((name, work.steps, evaluate))
+        return {"steps_per_second": 2.0, "cpu_us_per_step": 1.0, "others_cores": None, "updates": 5, "returns": [float(len(asked))]}
+
+    monkeypatch.setattr(loops, "apart", apart)
+    learnt = {}
+    names = ["ours, inline", "ours", "torch"]
+    early, late = loops.Work("host", 4, 4_000), loops.Work("host", 4, 6_000, begin=5_000)
+    first = loops.measure(early, names, 1, 9_000, learnt)
+    assert asked == [(name, 4_000, False) for name in names] + [("ours, inline", 9_000, True), ("torch", 9_000, True)]
+    asked.clear()
+    second = loops.measure(late, names, 1, 9_000, learnt)
+    assert asked == [(name, 6_000, False) for name in names]
+    assert [line["return_mean"] for line in second["summary"]] == [line["return_mean"] for line in first["summary"]] == [4.0, 4.0, 5.0]
+    loops.measure(dataclasses.replace(late, interval=1), names, 1, 9_000, learnt)
+    assert [name for name, _, evaluate in asked if evaluate] == ["ours, inline", "torch"]
+    assert "ours, times as fast" in loops.table(first)

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from dqn_jax import footprint, networks
-from dqn_jax.bench import latency, memory, report, roofline, size
+from dqn_jax.bench import latency, libtorch, memory, report, roofline, size, torch_loops
+from dqn_jax.bench.settings import DECK
 
 
 def test_percentiles_are_those_of_the_values():
@@ -126,10 +127,77 @@ def test_a_contender_that_fails_is_named():
         memory.run_apart("broken", [sys.executable, "-c", "import no_such_module"])
 
 
+@pytest.mark.parametrize("name", list(torch_loops.LOOPS))
+def test_marks_of_loops_on_pytorch_are_made_without_jax(name):
+    pytest.importorskip(torch_loops.NEEDS[name])
+    asked = json.dumps({"name": name, "setting": DECK._asdict(), "steps": 120})
+    # As it is run, and then a last look: an import of this package would have brought JAX.
+    program = f"""
+import runpy, sys
+sys.argv[1:] = [{asked!r}]
+runpy.run_path({torch_loops.__file__!r}, run_name="__main__")
+assert not {{"jax", "dqn_jax"}} & set(sys.modules)
+"""
+    result = memory.run_apart(name, [sys.executable, "-c", program])
+    marks = [result["marks"][stage] for stage in memory.STAGES]
+    assert marks == sorted(marks) and marks[0] > 2e7
+    # PFRL counts windows that are complete: of the updates due at 16, 24, ... 120 it misses the first.
+    assert result["steps"] == 120 and result["updates"] == 14 - (name == "pfrl")
+
+
+def test_where_no_update_is_made_there_is_no_mark_of_it():
+    pytest.importorskip("torch")
+    with pytest.raises(ValueError, match=r"torch made no update in 10 steps: .* warm-up of 16"):
+        torch_loops.measure_memory("torch", DECK, 10)
+    marks = torch_loops.measure_memory("torch", DECK, 16)["marks"]  # The last step is the first to learn.
+    assert set(marks) == set(memory.STAGES)
+
+
+def test_a_loop_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match="no loop 'ours' here, only torch, sb3, pfrl"):
+        torch_loops.measure_memory("ours", DECK, 100)
+
+
+def test_peers_are_measured_in_the_decks_setting(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    commands = memory.peers(quick=True)
+    for name in torch_loops.LOOPS:
+        asked = json.loads(commands[f"{name}, the deck's"][-1])
+        assert asked["name"] == name and asked["steps"] == 200 and tuple(asked["setting"]["hidden"]) == DECK.hidden
+    capsys.readouterr()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert memory.peers() == {}
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in said] == ["torch", "sb3", "pfrl", "libtorch"] and all(" is skipped: " in line for line in said)
+
+
+def test_the_marks_of_the_program_stand_at_our_stages(monkeypatch):
+    asked = []
+
+    def run(binary, *work):
+        asked.append((binary, *work))
+        return {"memory_mib": {"start": 1.0, "built": 2.0, "first_update": 2.5, "end": 3.0}}
+
+    monkeypatch.setattr(libtorch, "build", lambda folder: "program")
+    monkeypatch.setattr(libtorch, "run", run)
+    result = memory.measure_libtorch(quick=True)
+    assert result == {"marks": {"imported": 2**20, "built": 2**21, "first update": 5 * 2**19, "end": 3 * 2**20}, "steps": 200}
+    assert asked == [("program", DECK, 200, 100, 0)]
+
+
+def test_sizes_are_shown_where_they_are_known(capsys):
+    marks = {"marks": dict.fromkeys(memory.STAGES, 0), "added": dict.fromkeys(memory.STAGES, 0)}
+    memory.show({"told": marks | {"replay_bytes": 3_000_000}, "untold": marks})
+    first, second = capsys.readouterr().out.split("of that by their shapes")
+    assert "untold" in first and "untold" not in second
+    assert second.splitlines()[-1].split() == ["told", "3.00", "-", "-"]
+
+
 def test_the_peak_is_that_of_this_process():
     before = footprint.peak_bytes()
     ballast = np.ones(before // 8 + 10_000_000)
     assert footprint.peak_bytes() >= ballast.nbytes > before
+    assert abs(torch_loops.peak_bytes() - footprint.peak_bytes()) < 1e6
 
 
 # latency

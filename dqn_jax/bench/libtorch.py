@@ -22,6 +22,13 @@ def cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dqn_jax"
 
 
+def obstacle() -> str:
+    """Why the program cannot be built here, or an empty string."""
+    if importlib.util.find_spec("torch") is None:
+        return "torch is not installed"
+    return "" if shutil.which("g++") else "there is no g++ to build it"
+
+
 def build(folder: Path, source: Path = SOURCE) -> Path:
     """Compiles the program (about ten seconds), or finds it where it has been compiled before.
 

@@ -1,14 +1,18 @@
 """How fast the loops are, on the same work in one interleaved run: ``python -m dqn_jax.bench.loops [--repeats 5] [--out FILE.json]``.
 
-The work is DQN on CartPole-v1 with a network of two layers of 64 (``PLAIN`` in ``settings.py``; ``host_loops.py``, ``compiled_loops.py``,
-``peers.py`` and ``libtorch.py`` hold the loops):
+The work is DQN on CartPole-v1, in the slide deck's setting by those who can do it and with a network of two layers of 64 by all (``DECK``
+and ``PLAIN`` in ``settings.py``; ``host_loops.py``, ``compiled_loops.py``, ``torch_loops.py``, ``peers.py`` and ``libtorch.py`` hold the
+loops):
 
 * host loops, a Gymnasium environment stepped from Python: steps per second between step 2,000 and step 12,000, so without imports,
-  compilation and random warm-up;
-* compiled loops, the environment included, one seed and 128 seeds by ``vmap``: total steps per second of the whole run, compiled
+  compilation and random warm-up; and between step 20,000 and step 30,000, where the network chooses nearly every action: a loop that
+  asks it only then is faster before;
+* compiled loops, the environment included, one seed and 16 and 128 seeds at once: total steps per second of the whole run, compiled
   before.
 
-Contenders on JAX are measured twice: with JAX as it comes, and inline, on the one thread that asks (``dqn_jax.compute_inline``).
+Contenders on JAX are measured with JAX as it comes, and inline, on the one thread that asks (``dqn_jax.compute_inline``). Many seeds run
+by ``jax.vmap``, and once more spread over the cores (``dqn_jax.device_per_core`` and ``dqn_jax.over_seeds``); the loops of others do not
+do that by themselves, so their lines that say so show what they would gain from it.
 Each measurement is a process of its own, and the contenders take turns. A measurement during which other programs used more than a
 tenth of a core is marked and left out where a quiet one exists. All contenders must make the same number of updates, or the run fails.
 What was timed also has to learn: the greedy return over 20 episodes of the compiled runs themselves, and of one longer run of each host
@@ -19,7 +23,6 @@ says is in the JSON file, under ``differences``.
 import dataclasses
 import importlib.util
 import json
-import shutil
 import statistics
 import subprocess
 import sys
@@ -32,20 +35,19 @@ import jax
 import numpy as np
 import tyro
 
-from dqn_jax.bench import compiled_loops, host_loops, libtorch, machine, peers
-from dqn_jax.bench.settings import PLAIN, Setting
+from dqn_jax.bench import compiled_loops, host_loops, libtorch, machine, peers, torch_loops
+from dqn_jax.bench.settings import DECK, PLAIN, Setting
 from dqn_jax.envs import make
-from dqn_jax.programs import compute_inline
+from dqn_jax.programs import compute_inline, device_per_core
+from dqn_jax.seeds import over_seeds
 
 QUIET = 0.1  # Cores that other programs may use during a measurement.
 HOST_BEGIN = 2_000
-HOST: dict[str, Callable[..., host_loops.HostLoop]] = {
+HOST: dict[str, Callable[..., host_loops.HostLoop | torch_loops.Loop]] = {
     "ours": host_loops.ours,
     "cleanrl-style": peers.cleanrl_style,
     "numpy-replay": host_loops.numpy_replay,
-    "torch": peers.torch_eager,
-    "sb3": peers.sb3,
-    "pfrl": peers.pfrl,
+    **torch_loops.LOOPS,
 }
 LIBTORCH = "libtorch"  # The host contender that is a program of its own.
 COMPILED: dict[str, Callable[..., Callable[[Any], compiled_loops.Outcome]]] = {
@@ -53,18 +55,22 @@ COMPILED: dict[str, Callable[..., Callable[[Any], compiled_loops.Outcome]]] = {
     "purejaxrl-style": compiled_loops.purejaxrl_style,
     "rejax": peers.rejax,
 }
-NEEDS = {
-    "sb3": "stable_baselines3",
-    "cleanrl-style": "stable_baselines3",
-    "torch": "torch",
-    LIBTORCH: "torch",
-    "pfrl": "pfrl",
-    "rejax": "rejax",
-}  # Contenders that need a package, and which.
+CONTENDERS = tuple(dict.fromkeys([*HOST, LIBTORCH, *COMPILED]))
+NEEDS = {**torch_loops.NEEDS, "cleanrl-style": "stable_baselines3", "rejax": "rejax"}  # Contenders that need a package, and which.
+N_STEPS, DOUBLE = "n-step returns", "Double DQN"
+LACKS = {
+    "cleanrl-style": (N_STEPS, DOUBLE),
+    "numpy-replay": (N_STEPS, DOUBLE),
+    "sb3": (DOUBLE,),
+    "purejaxrl-style": (N_STEPS, DOUBLE),
+    "rejax": (N_STEPS,),
+}  # What contenders cannot do.
 ONE_SEED = ("rejax",)  # Its sampler walks the whole replay of each seed at every update: minutes a run with many.
-ON_TORCH = ("torch", LIBTORCH, "sb3", "pfrl")
+ON_TORCH = (*torch_loops.LOOPS, LIBTORCH)
 EVALUATION_EPISODES = 20
-INLINE = ", inline"  # Behind the name of a contender that is measured with JAX on one thread (``dqn_jax.compute_inline``).
+# Behind the name of a contender that is measured so: with JAX on one thread, or with the seeds spread over the cores.
+INLINE, SPREAD = ", inline", ", a device per core"
+SET_UP = {INLINE: compute_inline, SPREAD: device_per_core, "": lambda: None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,35 +82,48 @@ class Work:
       interval: transitions between updates.
       steps: environment steps, of each seed.
       seeds: trained at once (1 for host loops).
+      begin: the step at which a host loop's timed window begins; it ends with the last one.
+      deck: whether the setting is the slide deck's, but for the interval, and not the plain one.
     """
 
     kind: str
     interval: int
     steps: int
     seeds: int = 1
+    begin: int = HOST_BEGIN
+    deck: bool = False
 
     @property
     def setting(self) -> Setting:
         """What the loops do."""
-        return PLAIN._replace(interval=self.interval)
+        return (DECK if self.deck else PLAIN)._replace(interval=self.interval)
 
     @property
     def title(self) -> str:
         """One line about it."""
+        whose = "the deck's" if self.deck else "the plain"
+        what = f"{self.kind} loop, {whose} setting, an update every {self.interval} steps"
         if self.kind == "host":
-            return f"host loop, an update every {self.interval} steps, steps {HOST_BEGIN:,} to {self.steps:,}"
-        return f"compiled loop, an update every {self.interval} steps, {self.seeds} seed{'s'[: self.seeds > 1]}, {self.steps:,} steps each"
+            explored = ", after exploration" if self.begin >= self.setting.epsilon[2] else ""
+            return f"{what}, steps {self.begin:,} to {self.steps:,}{explored}"
+        return f"{what}, {self.seeds} seed{'s'[: self.seeds > 1]}, {self.steps:,} steps each"
 
 
 FULL = (
+    Work("host", DECK.interval, 12_000, deck=True),
     Work("host", 4, 12_000),
     Work("host", 1, 12_000),
+    Work("host", 4, 30_000, begin=20_000),
+    Work("host", 1, 30_000, begin=20_000),
     Work("compiled", 4, 100_000),
     Work("compiled", 1, 50_000),
+    Work("compiled", 4, 20_000, 16),
+    Work("compiled", 1, 10_000, 16),
     Work("compiled", 4, 10_000, 128),
     Work("compiled", 1, 5_000, 128),
 )
 SHORT = (
+    Work("host", DECK.interval, 4_000, deck=True),
     Work("host", 4, 4_000),
     Work("host", 1, 4_000),
     Work("compiled", 4, 5_000),
@@ -125,7 +144,9 @@ class Options:
     """A JSON file for everything measured."""
     kinds: tuple[str, ...] = ("host", "compiled")
     """Which loops to measure."""
-    short: bool = False
+    only: tuple[str, ...] = ()
+    """Names of contenders to measure (default: all); the first one measured is compared with the others."""
+    quick: bool = False
     """Little work, to see that it runs: these numbers are no result."""
     one: str = ""
     """Used by the command itself: one measurement in this process, described in JSON."""
@@ -160,7 +181,7 @@ def measure_host(name: str, work: Work, seed: int, evaluate: bool) -> dict[str, 
       What ``machine.timing`` tells, the ``updates`` made in the timed window, and ``returns``.
     """
     if name == LIBTORCH:
-        result = libtorch.run(libtorch.build(libtorch.cache()), work.setting, work.steps, HOST_BEGIN, seed)
+        result = libtorch.run(libtorch.build(libtorch.cache()), work.setting, work.steps, work.begin, seed)
         return result if evaluate else {key: value for key, value in result.items() if key != "returns"}
     seen: dict[str, Any] = {}
 
@@ -173,10 +194,10 @@ def measure_host(name: str, work: Work, seed: int, evaluate: bool) -> dict[str, 
         seen["end"] = machine.now()
         seen["updates"] = loop.updates() - seen["updates"]
 
-    env = Clock(gymnasium.make("CartPole-v1"), {HOST_BEGIN: begin, work.steps: end})
-    loop = HOST[name](env, work.setting, work.steps, seed)
+    env = Clock(gymnasium.make("CartPole-v1"), {work.begin: begin, work.steps: end})
+    loop = host_loops.HostLoop(*HOST[name](env, work.setting, work.steps, seed))
     loop.run()
-    result = machine.timing(seen["begin"], seen["end"], work.steps - HOST_BEGIN) | {"updates": seen["updates"]}
+    result = machine.timing(seen["begin"], seen["end"], work.steps - work.begin) | {"updates": seen["updates"]}
     if evaluate:
         result["returns"] = [_play(loop.greedy, 10_000 + episode) for episode in range(EVALUATION_EPISODES)]
     return result
@@ -199,13 +220,13 @@ def measure_compiled(name: str, work: Work, seed: int) -> dict[str, Any]:
     steps = compiled_loops.compiled_steps(env, work.setting, work.steps)
     run = COMPILED[name](env, work.setting, steps)
 
-    def over_seeds(function: Any) -> Any:
-        return jax.jit(jax.vmap(function) if work.seeds > 1 else function)
+    def mapped(function: Any) -> Any:
+        return jax.jit(over_seeds(function) if work.seeds > 1 else function)  # On one device it is ``jax.vmap``.
 
     key = jax.random.key(seed)
     keys = jax.random.split(key, work.seeds) if work.seeds > 1 else key
     begin = machine.now()
-    compiled = over_seeds(run).lower(keys).compile()
+    compiled = mapped(run).lower(keys).compile()
     compile_seconds = machine.now().wall - begin.wall
     begin = machine.now()
     outcome = jax.block_until_ready(compiled(keys))
@@ -218,7 +239,7 @@ def measure_compiled(name: str, work: Work, seed: int) -> dict[str, Any]:
     def evaluate(params: Any, key: Any) -> Any:
         return compiled_loops.greedy_returns(env, work.setting, params, key, EVALUATION_EPISODES).mean()
 
-    returns = over_seeds(evaluate)(outcome.params, keys)
+    returns = mapped(evaluate)(outcome.params, keys)
     device = jax.devices()[0].device_kind
     return result | {"updates": updates, "device": device, "compile_seconds": compile_seconds, "returns": np.atleast_1d(returns).tolist()}
 
@@ -237,17 +258,55 @@ def apart(name: str, work: Work, seed: int, evaluate: bool = False) -> dict[str,
 def _one(spec: str) -> dict[str, Any]:
     asked = json.loads(spec)
     work = Work(**asked["work"])
-    name = asked["name"].removesuffix(INLINE)
-    if name != asked["name"]:
-        compute_inline()
+    name, way = without_way(asked["name"])
+    SET_UP[way]()
     if work.kind == "compiled":
         return measure_compiled(name, work, asked["seed"])
     return measure_host(name, work, asked["seed"], asked["evaluate"])
 
 
-def in_both_settings(names: list[str]) -> list[str]:
-    """The contenders with JAX as it comes and inline, ours inline first; those on torch have one setting, their best."""
-    return [variant for name in names for variant in ([name] if name in ON_TORCH else [name + INLINE, name])]
+def able(name: str, work: Work) -> bool:
+    """Whether a contender can do a piece of work; a line says so where its setting is beyond it."""
+    if name not in ([*HOST, LIBTORCH] if work.kind == "host" else COMPILED) or (work.seeds > 1 and name in ONE_SEED):
+        return False
+    asked = {N_STEPS: work.setting.n_steps > 1, DOUBLE: work.setting.double}
+    lacking = [what for what in LACKS.get(name, ()) if asked[what]]
+    if lacking:
+        print(f"{work.title}: {name} is left out: it has no {' and no '.join(lacking)}")
+    return not lacking
+
+
+def chosen(only: tuple[str, ...]) -> list[str]:
+    """The contenders that are asked for (all, where none is named) and can be run here; a line says why another is skipped.
+
+    Raises:
+      ValueError: if there is no such contender.
+    """
+    unknown = sorted({*only} - {*CONTENDERS})
+    if unknown:
+        raise ValueError(f"there is no contender {', '.join(unknown)}: --only takes {', '.join(CONTENDERS)}")
+    obstacles = {name: f"{package} is not installed" for name, package in NEEDS.items() if importlib.util.find_spec(package) is None}
+    if libtorch.obstacle():
+        obstacles[LIBTORCH] = libtorch.obstacle()
+    names = [name for name in CONTENDERS if name in only or not only]
+    for name in names:
+        if name in obstacles:
+            print(f"{name} is skipped: {obstacles[name]}")
+    return [name for name in names if name not in obstacles]
+
+
+def in_each_way(names: list[str], work: Work) -> list[str]:
+    """The contenders as they are measured, ours in its best way first: with JAX as it comes, inline, and, of many seeds, spread over the
+    cores. Those on torch have one way, their best.
+    """
+    ways = [SPREAD, INLINE, ""] if work.seeds > 1 else [INLINE, ""]
+    return [name + way for name in names for way in ([""] if name in ON_TORCH else ways)]
+
+
+def without_way(name: str) -> tuple[str, str]:
+    """From a name as ``in_each_way`` gives it the contender's, and what stands behind it."""
+    contender, comma, way = name.partition(", ")
+    return contender, comma + way
 
 
 def _is_loud(result: dict[str, Any]) -> bool:
@@ -258,7 +317,7 @@ def _loudness(result: dict[str, Any]) -> str:
     return f", while others used {result['others_cores']:.2f} cores" if _is_loud(result) else ""
 
 
-def measure(work: Work, names: list[str], repeats: int, learning_steps: int) -> dict[str, Any]:
+def measure(work: Work, names: list[str], repeats: int, learning_steps: int, learnt: dict[tuple[str, Setting], Any]) -> dict[str, Any]:
     """All measurements of one piece of work, the contenders taking turns, and their summary.
 
     Args:
@@ -266,6 +325,7 @@ def measure(work: Work, names: list[str], repeats: int, learning_steps: int) -> 
       names: the contenders; the first is compared with the others.
       repeats: rounds.
       learning_steps: length of the separate run in which a host loop shows that it learns.
+      learnt: those runs by loop and setting, made once for all windows of a setting: what is missing is run and added.
 
     Returns:
       ``work``, ``updates``, ``measurements``, ``learning`` (the separate runs), and ``summary``: one dict for each contender.
@@ -282,9 +342,11 @@ def measure(work: Work, names: list[str], repeats: int, learning_steps: int) -> 
     if work.kind == "host":
         longer = dataclasses.replace(work, steps=learning_steps)
         # In which threads a program runs does not change what it learns: one run of each loop, inline where it can be.
-        chosen = [name for name in names if name + INLINE not in names]
-        loops = {name.removesuffix(INLINE): apart(name, longer, repeats, evaluate=True) for name in chosen}
-        learning = {name: loops[name.removesuffix(INLINE)] for name in names}
+        for name in names:
+            loop = without_way(name)[0], work.setting
+            if loop not in learnt:
+                learnt[loop] = apart(name, longer, repeats, evaluate=True)
+        learning = {name: learnt[without_way(name)[0], work.setting] for name in names}
     summary = []
     for name in names:
         returns = [learning[name]["returns"]] if learning else [results[name]["returns"] for results in rounds]
@@ -322,7 +384,8 @@ def _summarize(rounds: list[dict[str, Any]], name: str, first: str) -> dict[str,
 
 def table(report: dict[str, Any]) -> str:
     """The plain table of one piece of work."""
-    head = ("", "steps/s", "CPU us/step", "compile s", "ours, times as fast", "greedy return (worst)", "timings used")
+    first = without_way(report["summary"][0]["contender"])[0]
+    head = ("", "steps/s", "CPU us/step", "compile s", f"{first}, times as fast", "greedy return (worst)", "timings used")
     rows = [head]
     for line in report["summary"]:
         compile_seconds = f"{line['compile_seconds']['median']:.1f}" if "compile_seconds" in line else "-"
@@ -359,22 +422,19 @@ def main() -> None:
     print(
         f"{described['processor']}, {described['usable_cores']} of {described['cores']} cores, {described['memory']}, {described['system']}"
     )
-    absent = [name for name, package in NEEDS.items() if importlib.util.find_spec(package) is None]
-    for name in absent:
-        print(f"{name} is skipped: {NEEDS[name]} is not installed")
-    if shutil.which("g++") is None and LIBTORCH not in absent:
-        absent.append(LIBTORCH)
-        print(f"{LIBTORCH} is skipped: there is no g++ to build it")
-    reports = []
-    for work in SHORT if options.short else FULL:
+    contenders, reports = chosen(options.only), []
+    learnt: dict[tuple[str, Setting], Any] = {}
+    for work in SHORT if options.quick else FULL:
         if work.kind not in options.kinds:
             continue
-        contenders = [*HOST, LIBTORCH] if work.kind == "host" else [name for name in COMPILED if work.seeds == 1 or name not in ONE_SEED]
-        names = [name for name in contenders if name not in absent]
-        reports.append(measure(work, in_both_settings(names), options.repeats, work.steps if options.short else HOST_LEARNING_STEPS))
+        names = in_each_way([name for name in contenders if able(name, work)], work)
+        if not names:
+            continue
+        reports.append(measure(work, names, options.repeats, work.steps if options.quick else HOST_LEARNING_STEPS, learnt))
         print("\n" + table(reports[-1]), flush=True)
         if options.out:  # After each piece of work: an hour of measuring should not be lost to an interrupt.
-            recorded = {"machine": described, "settings": PLAIN._asdict(), "differences": peers.DIFFERENCES, "reports": reports}
+            settings = {"deck": DECK._asdict(), "plain": PLAIN._asdict()}
+            recorded = {"machine": described, "settings": settings, "differences": peers.DIFFERENCES, "reports": reports}
             options.out.write_text(json.dumps(recorded, indent=1) + "\n")
     print("\nMedians (and ranges) over the timings used; ratios are of neighbours in the same round.")
     if any(line["loud"] for report in reports for line in report["summary"]):

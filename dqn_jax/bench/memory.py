@@ -1,14 +1,16 @@
-"""What training takes in memory, stage by stage: ``python -m dqn_jax.bench.memory [--out FILE.json]``.
+"""What training takes in memory, stage by stage, beside others: ``python -m dqn_jax.bench.memory [--out FILE.json]``.
 
 The high-water mark of a fresh process (the most that it has held in RAM so far, shared libraries included) after importing, after
 building the agent, after the first update, which compilation precedes, and at the end of the steps. Of these the replay and the
 parameters are told apart, by their shapes. Where JAX computes on an accelerator, the peak of its memory stands beside it.
 
 The cases are the slide deck's setting on CartPole-v1, a network of two layers of 64 with 50,000 transitions, and Nature's convolutions
-on images 84x84, four to a stack, with 20,000 frames kept once.
+on images 84x84, four to a stack, with 20,000 frames kept once. Where they are installed, the loops of ``torch_loops.py`` and the C++
+program of ``libtorch.py`` do the first of them, too: as many steps, as large a replay, on one thread of the CPU.
 """
 
 import dataclasses
+import importlib.util
 import json
 import subprocess
 import sys
@@ -22,11 +24,13 @@ import numpy as np
 import tyro
 
 from dqn_jax import footprint, spaces
-from dqn_jax.bench import report
+from dqn_jax.bench import libtorch, report, torch_loops
+from dqn_jax.bench.settings import DECK
 from dqn_jax.options import PRESETS
 from dqn_jax.presets import DQN
 
 STAGES = ("imported", "built", "first update", "end")
+LIBTORCH = "libtorch"  # The contender that is a program of its own.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Options:
     out: Path | None = None
     """A JSON file for everything measured."""
     one: str = ""
-    """Used by the command itself: one case in this process, described in JSON."""
+    """Used by the command itself: one measurement, described in JSON."""
 
 
 class Screens(gymnasium.Env):
@@ -82,9 +86,9 @@ class Case(NamedTuple):
 PLAIN = {"hidden": (64, 64), "capacity": 50_000, "batch_size": 64, "update_interval": 4, "replay_start_size": 1_000, "n_steps": 1}
 PIXELS = {"frames": "stack_first", "capacity": 20_000, "batch_size": 32, "update_interval": 4, "replay_start_size": 400, "n_steps": 1}
 CASES = {
-    "the deck's 3x128, 2,000 transitions": Case(lambda: gymnasium.make("CartPole-v1"), PRESETS["deck"], 10_000, 200),
-    "2x64, 50,000 transitions": Case(lambda: gymnasium.make("CartPole-v1"), PLAIN, 60_000, 1_200),
-    "Nature, 20,000 frames": Case(lambda: gymnasium.wrappers.FrameStackObservation(Screens(), 4), PIXELS, 800, 410),
+    "ours, the deck's 3x128, 2,000 transitions": Case(lambda: gymnasium.make("CartPole-v1"), PRESETS["deck"], 10_000, 200),
+    "ours, 2x64, 50,000 transitions": Case(lambda: gymnasium.make("CartPole-v1"), PLAIN, 60_000, 1_200),
+    "ours, Nature, 20,000 frames": Case(lambda: gymnasium.wrappers.FrameStackObservation(Screens(), 4), PIXELS, 800, 410),
 }
 
 
@@ -145,6 +149,44 @@ def _run(agent: DQN, env: gymnasium.Env, steps: int, first_due: int, learnt: Cal
     agent.get_statistics()
 
 
+def deck_steps(quick: bool) -> int:
+    """The steps of the first case, the deck's setting."""
+    deck = next(iter(CASES.values()))
+    return deck.quick_steps if quick else deck.steps
+
+
+def measure_libtorch(quick: bool = False) -> dict[str, Any]:
+    """The C++ program in the deck's setting: ``marks`` of STAGES, of which the first is its start, with its libraries; ``steps`` made."""
+    steps = deck_steps(quick)
+    result = libtorch.run(libtorch.build(libtorch.cache()), DECK, steps, steps // 2, 0)
+    mib = result["memory_mib"]
+    marks = {stage: round(mib[name] * 2**20) for stage, name in zip(STAGES, ("start", "built", "first_update", "end"), strict=True)}
+    return {"marks": marks, "steps": steps}
+
+
+def peers(quick: bool = False) -> dict[str, list[str]]:
+    """The commands that measure what else is installed, by name, in the deck's setting; a line says what is skipped, and why."""
+    commands = {}
+    for name, package in torch_loops.NEEDS.items():
+        if importlib.util.find_spec(package) is None:
+            print(f"{name} is skipped: {package} is not installed")
+            continue
+        asked = json.dumps({"name": name, "setting": DECK._asdict(), "steps": deck_steps(quick)})
+        # As a file, and with -P not from its folder: as a part of this package it would bring JAX along.
+        commands[f"{name}, the deck's"] = [sys.executable, "-P", torch_loops.__file__, asked]
+    obstacle = libtorch.obstacle() if sys.platform == "linux" else "it reads its memory on Linux only"
+    if obstacle:
+        print(f"{LIBTORCH} is skipped: {obstacle}")
+    else:
+        commands[f"{LIBTORCH}, the deck's"] = _ours(LIBTORCH, quick)
+    return commands
+
+
+def _ours(name: str, quick: bool) -> list[str]:
+    """The command that calls ``measure_libtorch`` or ``measure_here``."""
+    return [sys.executable, "-m", "dqn_jax.bench.memory", "--one", json.dumps({"name": name, "quick": quick})]
+
+
 def run_apart(name: str, command: list[str]) -> dict[str, Any]:
     """What a command prints in its last line, JSON as ``measure_here`` gives it.
 
@@ -166,14 +208,15 @@ def measure(quick: bool = False, others: dict[str, list[str]] | None = None) -> 
         and what else of ``measure_here`` it knows.
 
     Returns:
-      For each case or contender what ``measure_here`` gives, and ``added``: what each mark lies above the one before, in bytes.
+      For each what ``measure_here`` gives, and ``added``: what each mark lies above the one before, in bytes. The deck's setting comes
+      first, then the contenders, then the other cases.
 
     Raises:
       RuntimeError: if one fails.
     """
-    command = [sys.executable, "-m", "dqn_jax.bench.memory", "--one"]
-    ours = {name: [*command, json.dumps({"name": name, "quick": quick})] for name in (list(CASES)[:1] if quick else CASES)}
-    measured = {name: run_apart(name, run) for name, run in (ours | (others or {})).items()}
+    deck, *rest = CASES
+    commands = {deck: _ours(deck, quick)} | (others or {}) | {name: _ours(name, quick) for name in rest if not quick}
+    measured = {name: run_apart(name, command) for name, command in commands.items()}
     return {name: result | {"added": _added(result["marks"])} for name, result in measured.items()}
 
 
@@ -194,8 +237,9 @@ def show(measured: dict[str, Any]) -> None:
         if result.get("device_marks"):
             peaks = result["device_marks"]
             rows.append((f"  on {result['device']}", *(f"{peaks[stage] / 1e6:,.0f}" if stage in peaks else "-" for stage in STAGES)))
-        known = (result.get(f"{part}_bytes") for part in ("replay", "parameter", "learner"))
-        sizes.append((name, *("-" if size is None else f"{size / 1e6:,.2f}" for size in known)))
+        known = [result.get(f"{part}_bytes") for part in ("replay", "parameter", "learner")]
+        if any(size is not None for size in known):
+            sizes.append((name, *("-" if size is None else f"{size / 1e6:,.2f}" for size in known)))
     report.table("most memory held so far by the process, MB (and added since the stage before)", ("", *STAGES), rows)
     report.table("of that by their shapes, MB", ("", "replay", "parameters", "with target and optimizer"), sizes)
 
@@ -205,9 +249,10 @@ def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     if options.one:
         asked = json.loads(options.one)
-        print(json.dumps(measure_here(asked["name"], asked["quick"])))
+        name, quick = asked["name"], asked["quick"]
+        print(json.dumps(measure_libtorch(quick) if name == LIBTORCH else measure_here(name, quick)))
         return
-    report.run(measure, show, options.quick, options.out)
+    report.run(lambda quick: measure(quick, peers(quick)), show, options.quick, options.out)
 
 
 if __name__ == "__main__":
