@@ -1,4 +1,4 @@
-"""The command line: ``dqn-jax train ENV`` and ``dqn-jax eval RUN``."""
+"""The command line: ``dqn-jax train ENV``, ``dqn-jax eval RUN`` and ``dqn-jax bench``."""
 
 import contextlib
 import dataclasses
@@ -20,17 +20,19 @@ import tyro
 from gymnasium.wrappers import RecordVideo
 
 from dqn_jax import envs
+from dqn_jax.bench.command import SECTIONS, bench
 from dqn_jax.experiment import say, train
 from dqn_jax.options import PRESETS, DQNOptions
 from dqn_jax.presets import dqn, encoder_of
-from dqn_jax.programs import compute_inline
+from dqn_jax.programs import compute_inline, device_per_core, usable_cores
 from dqn_jax.runs import Task, best_learner, greedy_policy, play_greedily, read_task
+from dqn_jax.seeds import num_devices
 from dqn_jax.statistics import iqm
 from dqn_jax.training import evaluate
 from dqn_jax.types import AgentState, Env
 
-# Width times batch (times seeds trained at once) up to which the command computes on one thread. On two cores a layer of 64 with a
-# batch of 64 is the faster for it, alone and stepped from Python; with 128 seeds at once there is no difference.
+# Width times batch (times seeds trained at once) up to which a program is small: a layer of 64 with a batch of 64 is faster on one thread
+# than on two, alone and stepped from Python.
 INLINE_SIZE = 1 << 15
 
 
@@ -89,15 +91,43 @@ class Eval:
     """Print the result as the last line of standard output, one JSON object."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """Measures this package and, where they are installed, others beside it, and shows changes against earlier runs on this machine.
+
+    What was measured goes into FOLDER/TIME/results.json after every section, so Ctrl-C keeps it; pictures need the extra `plots`. Where a
+    section fails, the others go on, and the exit status is 1. Measure on a machine that does nothing else.
+    """
+
+    sections: tuple[Literal[SECTIONS], ...] = SECTIONS  # type: ignore[valid-type]
+    """What to measure, always in this order.
+    size: bytes on disk with all that is required, and seconds of an import.
+    memory: the most that training takes, stage by stage.
+    loops: steps per second, beside plain PyTorch, libtorch, PFRL, SB3 and other loops on JAX; takes the longest.
+    latency: microseconds of single calls.
+    scaling: steps per second of many at once.
+    roofline: an update against what the device could do.
+    pixels: updates of convolutional networks."""
+    quick: bool = False
+    """A little of everything, to see that it runs: these numbers are no result."""
+    repeats: int | None = None
+    """Measurements of each contender in loops (default: 5; with --quick 1)."""
+    folder: Path = Path("benchmarks")
+    """Where the folder of this run goes, and those of earlier runs are."""
+    json: bool = False
+    """Print the headline numbers, the path of the results and what failed as the last line of standard output, one JSON object."""
+
+
 def main(args: list[str] | None = None) -> None:
-    """The console script. Errors that a user can mend are one line on standard error, and exit status 2."""
+    """The console script. Errors that a user can mend are one line on standard error, and exit status 2; 1 if a benchmark failed."""
     args = sys.argv[1:] if args is None else args
     # The preset's options are the defaults, so that --help shows them and flags override them.
     train_command = tyro.conf.subcommand("train", default=Train(options=DQNOptions(**PRESETS[_named_preset(args)])))
-    commands = Annotated[Train, train_command] | Annotated[Eval, tyro.conf.subcommand("eval")]
+    eval_command, bench_command = tyro.conf.subcommand("eval"), tyro.conf.subcommand("bench")
+    commands = Annotated[Train, train_command] | Annotated[Eval, eval_command] | Annotated[Bench, bench_command]
     command = tyro.cli(commands, args=args, prog="dqn-jax", description=__doc__, config=(tyro.conf.OmitArgPrefixes,))  # type: ignore[call-overload]
     try:
-        summary = _train(command) if isinstance(command, Train) else _eval(command)
+        summary = _train(command) if isinstance(command, Train) else _eval(command) if isinstance(command, Eval) else _bench(command)
     except (ValueError, TypeError, NotImplementedError, OSError, MemoryError, ModuleNotFoundError, gymnasium.error.Error) as error:
         say(f"error: {error}")
         sys.exit(2)
@@ -107,6 +137,8 @@ def main(args: list[str] | None = None) -> None:
         os._exit(130)
     if command.json:
         print(json.dumps(summary), flush=True)
+    if isinstance(command, Bench) and summary["failures"]:
+        sys.exit(1)
 
 
 def _named_preset(args: list[str]) -> str:
@@ -146,10 +178,15 @@ def _train(command: Train) -> dict[str, Any]:
 
 
 def _choose_threads(task: Task) -> None:
-    """A small network computes faster where it is asked for than in other threads, and this command owns its process."""
-    at_once = task.seeds if task.seeds > 1 and envs.is_jax_env(task.env) else 1
-    if max(task.options["hidden"] or (64,)) * task.options["batch_size"] * at_once <= INLINE_SIZE and not _has_large_images(task):
-        with contextlib.suppress(RuntimeError):  # Called from a program that uses JAX already: it keeps its setting.
+    """Many seeds keep every core busy with a program of its own; for one small program one thread is the fastest. This command owns its
+    process, so it may choose.
+    """
+    seeds = task.seeds if envs.is_jax_env(task.env) else 1
+    is_small = max(task.options["hidden"] or (64,)) * task.options["batch_size"] * seeds <= INLINE_SIZE
+    with contextlib.suppress(RuntimeError):  # Called from a program that uses JAX already: it keeps its setting.
+        if num_devices(seeds, usable_cores()) > 1:
+            device_per_core()
+        elif is_small and not _has_large_images(task):
             compute_inline()
 
 
@@ -227,6 +264,11 @@ def _eval(command: Eval) -> dict[str, Any]:
         print(f"{result['env']}: mean return {result['mean']:.1f} over {len(returns)} greedy episodes")
         print(f"  from {min(returns):.1f} to {max(returns):.1f}")
     return result
+
+
+def _bench(command: Bench) -> dict[str, Any]:
+    repeats = (1 if command.quick else 5) if command.repeats is None else command.repeats
+    return bench(command.sections, command.quick, repeats, command.folder)
 
 
 def _play_and_show(command: Eval, env_id: str, env_args: dict[str, Any], choose: Any) -> Iterator[float]:

@@ -6,7 +6,6 @@ slower (jax-ml/jax#12868). Contenders take turns, compilation is apart, medians 
 """
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,7 @@ import tyro
 from flax import linen as nn
 
 from dqn_jax.algorithms.dqn import dqn
-from dqn_jax.bench import machine, report
+from dqn_jax.bench import report
 from dqn_jax.networks import MINATAR, NATURE, ConvQNetwork
 from dqn_jax.optimizers import join_small
 from dqn_jax.programs import compute_inline
@@ -31,6 +30,7 @@ WORK = {
     "MinAtar, batch 128": (MINATAR, (128,), (10, 10, 4), 128, 30),
     "Nature, batch 32": (NATURE, (512,), (84, 84, 4), 32, 5),
 }
+QUICK = {"MinAtar, batch 8": (MINATAR, (128,), (10, 10, 4), 8, 5)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +41,8 @@ class Options:
     """Rounds, in which all contenders take turns."""
     inline: bool = False
     """Compute on the one thread that asks, as ``dqn-jax train`` does for small networks (``dqn_jax.compute_inline``)."""
+    quick: bool = False
+    """One small batch and two rounds, to see that it runs: these numbers are no result."""
     out: Path | None = None
     """A JSON file for everything measured."""
 
@@ -96,10 +98,10 @@ def contenders(convolutions: Any, hidden: Any, shape: tuple[int, ...], batch_siz
     return rounds
 
 
-def measure(name: str, repeats: int) -> dict[str, dict[str, float]]:
-    """Milliseconds of one update, for each contender."""
-    updates = WORK[name][-1]
-    rounds = contenders(*WORK[name])
+def measure(work: Any, repeats: int) -> dict[str, dict[str, float]]:
+    """Milliseconds of one update, for each contender; ``work`` is as in WORK."""
+    updates = work[-1]
+    rounds = contenders(*work)
     for one in rounds.values():
         one()  # Compiles.
     milliseconds: dict[str, list[float]] = {contender: [] for contender in rounds}
@@ -116,12 +118,11 @@ def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     if options.inline:
         compute_inline()
-    everything: dict[str, Any] = {"machine": machine.describe(), "device": str(jax.devices()[0]), "update_ms": {}}
-    for name in WORK:
-        everything["update_ms"][name] = measured = measure(name, options.repeats)
+    everything: dict[str, Any] = {"device": str(jax.devices()[0]), "update_ms": {}}
+    for name, work in (QUICK if options.quick else WORK).items():
+        everything["update_ms"][name] = measured = measure(work, 2 if options.quick else options.repeats)
         report.show(f"milliseconds of one update, {name}", measured)
-    if options.out is not None:
-        options.out.write_text(json.dumps(everything, indent=2) + "\n")
+    report.write(options.out, everything)
 
 
 if __name__ == "__main__":

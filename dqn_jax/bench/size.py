@@ -5,6 +5,7 @@
 * Seconds that an import takes in a fresh process: cold, without any bytecode, the standard library's included (as after an
   installer that compiles nothing; an installer that compiles spares most of it), and warm. The files themselves are most likely in the
   system's cache both times.
+* Bytes of libtorch, the shared libraries that PyTorch's wheel carries and a C++ program links, without any Python.
 
 Other libraries stand beside it where they are installed. Needs ``packaging``, which reads the conditions of requirements.
 """
@@ -110,6 +111,18 @@ def measure_installed(name: str) -> dict[str, Any]:
     return {"bytes": sum(sizes.values()), "packages": largest_first, "absent": absent}
 
 
+def measure_libtorch() -> int | None:
+    """The bytes of the shared libraries in PyTorch's package, those that ask for Python left out; None where PyTorch is not installed.
+
+    What a build for CUDA takes from other packages is not in it.
+    """
+    spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    libraries = (path for path in Path(spec.submodule_search_locations[0]).glob("lib/lib*") if path.is_file())
+    return sum(path.stat().st_size for path in libraries if "python" not in path.name)
+
+
 def import_seconds(module: str, bytecode: str) -> float:
     """How long an import takes in a fresh process that keeps its bytecode in the folder ``bytecode``.
 
@@ -140,8 +153,8 @@ def measure(quick: bool = False) -> dict[str, Any]:
       quick: little of everything: this package alone, and one warm import.
 
     Returns:
-      ``installed``: for each distribution what ``measure_installed`` gives; ``imports``: for each module what ``measure_imports``
-      gives, in seconds.
+      ``installed``: for each distribution what ``measure_installed`` gives; ``libtorch_bytes`` as ``measure_libtorch`` gives them, None
+      if quick; ``imports``: for each module what ``measure_imports`` gives, in seconds.
 
     Raises:
       ModuleNotFoundError: if ``packaging`` is not installed.
@@ -152,7 +165,11 @@ def measure(quick: bool = False) -> dict[str, Any]:
             installed[name] = measure_installed(name)
         except PackageNotFoundError:
             continue
-    return {"installed": installed, "imports": measure_imports([MODULES[name] for name in installed], 1 if quick else 5)}
+    return {
+        "installed": installed,
+        "libtorch_bytes": None if quick else measure_libtorch(),
+        "imports": measure_imports([MODULES[name] for name in installed], 1 if quick else 5),
+    }
 
 
 def show(measured: dict[str, Any]) -> None:
@@ -165,6 +182,8 @@ def show(measured: dict[str, Any]) -> None:
         report.table(f"{name} and what it requires, on disk", ("package", "MB"), rows)
         if installed["absent"]:
             print(f"  required and not installed: {', '.join(installed['absent'])}")
+    if measured.get("libtorch_bytes"):
+        print(f"\nlibtorch, shared libraries alone: {measured['libtorch_bytes'] / 1e6:,.1f} MB")
     imports = [
         (module, f"{seconds['cold']:.2f}", f"{seconds['warm']['median']:.2f}", f"{seconds['warm']['min']:.2f}-{seconds['warm']['max']:.2f}")
         for module, seconds in measured["imports"].items()
