@@ -16,8 +16,8 @@ from dqn_jax import cli
 from dqn_jax.bench import command, pictures, pixels, size
 
 CPU = {"platform": "cpu", "kind": "cpu"}
-TWICE = [name for section in ("latency", "scaling", "roofline") for name in (section, f"{section}, inline")]
-WITH_INLINE = ["size", "memory", "loops", *TWICE, "pixels"]
+SCALED = ["scaling", "scaling, inline", "scaling, a device per core"]
+ALL = ["size", "memory", "loops", "latency", "latency, inline", *SCALED, "roofline", "roofline, inline", "pixels"]
 
 
 def speed(contender, median):
@@ -132,10 +132,10 @@ def test_all_sections_run_in_order_and_their_results_are_one_file(sections, benc
     assert status == 0
     titles = [line.strip("= ") for line in out.splitlines() if line.startswith("==")]
     results = results_in()
-    assert titles == [*results["measured"]] == WITH_INLINE
-    assert [words[0] for words in sections.asked] == [name.split(",")[0] for name in WITH_INLINE]
+    assert titles == [*results["measured"]] == ALL
+    assert [words[0] for words in sections.asked] == [name.split(",")[0] for name in ALL]
     assert sections.asked[2] == ["loops", "--repeats", "3"]
-    assert sections.asked[3:5] == [["latency"], ["latency", "--inline"]]
+    assert sections.asked[3:8] == [["latency"], ["latency", "--inline"], ["scaling"], ["scaling", "--inline"], ["scaling", "--spread"]]
     assert results["failures"] == {} and results["quick"] is False and results["repeats"] == 3 and results["device"] == CPU
     assert results["machine"]["versions"]["jax"], "the machine is described once"
     assert not any("machine" in section for section in results["measured"].values())

@@ -243,7 +243,10 @@ class Shapes:
         self.state, self.memory = state.memory, memory
         drawn = jax.eval_shape(parts.draws.pack, stacked(draws.row, cadence.updates))
         counts = jax.ShapeDtypeStruct((4,), jnp.int32)
+        noise_row = jax.eval_shape(parts.noise.pack, stacked(noise.row, 1))
         self.calls = {
+            "explore": (programs.explore, (learner, observation, noise_row, jnp.int32(0))),
+            "exploit": (programs.exploit, (learner, observation)),
             "store": (programs.store, (memory, staging.arrays, counts)),
             "cut": (programs.cut, (memory, counts)),
             "learn": (programs.learn, (learner, memory, staging.arrays, drawn, counts)),
@@ -263,6 +266,20 @@ def test_the_host_driver_copies_no_replay(name, memory, num_envs, n_steps, inter
     shapes = Shapes(num_envs, n_steps=n_steps, update_interval=interval, **MEMORIES[memory])
     program, args = shapes.calls[name]
     assert_in_place(program, *args, memory=shapes.memory)
+
+
+# Arrays that enter and leave, and bytes needed on the way, for one hidden layer and a batch of 4. Each array costs time at every call:
+# whoever needs one more should know what it is for, and say so here.
+FEW = {"explore": (15, 1, 1_024), "exploit": (13, 1, 1_024), "store": (13, 8, 1_024), "cut": (9, 8, 1_024), "learn": (27, 22, 4_096)}
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_the_host_drivers_programs_take_few_arrays_and_little_memory(name):
+    program, args = Shapes(1).calls[name]
+    taken, given = len(jax.tree.leaves(args)), len(jax.tree.leaves(jax.eval_shape(program, *args)))
+    used = program.lower(*args).compile().memory_analysis().temp_size_in_bytes
+    most_taken, most_given, most_used = FEW[name]
+    assert taken <= most_taken and given <= most_given and used <= most_used
 
 
 def drift(space):

@@ -20,8 +20,13 @@ from typing import Any
 from dqn_jax.bench import machine, pictures, report
 
 SECTIONS = ("size", "memory", "loops", "latency", "scaling", "roofline", "pixels")
-TWICE = ("latency", "scaling", "roofline")  # Also inline where JAX computes on the CPU; loops measures both ways by itself.
-INLINE = ", inline"  # Behind the name of a section that ran inline, and of a contender.
+INLINE, SPREAD = ", inline", ", a device per core"  # Behind the name of a section that ran so, and of a contender.
+# In which other ways sections run where JAX computes on the CPU; loops measures all ways by itself.
+WAYS = {
+    "latency": {INLINE: "--inline"},
+    "scaling": {INLINE: "--inline", SPREAD: "--spread"},
+    "roofline": {INLINE: "--inline"},
+}
 ASK_FOR_DEVICE = "import jax, json; d = jax.devices()[0]; print(json.dumps({'platform': d.platform, 'kind': d.device_kind}))"
 CHANGED = 1.2  # From this ratio on, either way, a headline counts as changed.
 
@@ -121,13 +126,13 @@ def _new_folder(folder: Path) -> Path:
 
 
 def plan(sections: Collection[str], quick: bool, repeats: int, is_cpu: bool) -> dict[str, list[str]]:
-    """For each entry of the results, in order, the section and its options. On an accelerator nothing runs inline: it changes nothing."""
+    """For each entry of the results, in order, the section and its options. On an accelerator there is one way."""
     planned = {}
     for section in (section for section in SECTIONS if section in sections):
         words = [section, *["--quick"] * quick, *(["--repeats", str(repeats)] if section == "loops" else [])]
         planned[section] = words
-        if section in TWICE and is_cpu:
-            planned[section + INLINE] = [*words, "--inline"]
+        for way, flag in WAYS.get(section, {}).items() if is_cpu else ():
+            planned[section + way] = [*words, flag]
     return planned
 
 
@@ -239,7 +244,7 @@ def headlines(measured: dict[str, Any]) -> dict[str, float]:
             found[f"peak memory, {case}, MB"] = result["marks"]["end"] / 1e6
     for one in measured.get("loops", {}).get("reports", ()):
         for line in one["summary"]:
-            if line["contender"].removesuffix(INLINE) == "ours":
+            if line["contender"].partition(", ")[0] == "ours":
                 found[f"{one['title']}, {line['contender']}, steps/s"] = line["steps_per_second"]["median"]
     for name in ("latency", "latency" + INLINE):
         how = name.removeprefix("latency")
