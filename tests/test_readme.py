@@ -1,6 +1,8 @@
 """What the README shows runs as it stands."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,9 +19,9 @@ def heading(block):
 
 
 @pytest.mark.parametrize("block", PYTHON, ids=heading)
-def test_python_block_runs_alone(block, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    exec(compile(block, str(README), "exec"), {"__name__": "__main__"})
+def test_python_block_runs_alone(block, tmp_path):
+    done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_there_are_python_blocks():
