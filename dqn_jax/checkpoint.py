@@ -70,7 +70,7 @@ def load(path: str | os.PathLike, template: chex.ArrayTree) -> tuple[Any, dict[s
       template: a pytree of arrays or shapes with the structure, shapes and dtypes that the state must have.
 
     Returns:
-      The state, on the default device, and the dict saved beside it.
+      The state, on the default device or spread over several as the template's leaves are, and the dict saved beside it.
 
     Raises:
       FileNotFoundError: if there is no such file.
@@ -175,15 +175,32 @@ def _host_leaves(tree: chex.ArrayTree) -> dict[str, tuple[str, np.ndarray]]:
 
     def to_host(leaf: Any) -> tuple[str, np.ndarray]:
         # ascontiguousarray gives scalars an axis, hence the reshape.
-        array = np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+        array = _on_host(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
         return str(leaf.dtype), np.ascontiguousarray(array).reshape(array.shape)
 
     return {name: to_host(leaf) for name, leaf in _named_leaves(tree).items()}
 
 
+def _on_host(leaf: Any) -> np.ndarray:
+    if not _is_spread(leaf):
+        return np.asarray(leaf)
+    # NumPy's view of an array that lies on several devices would be a copy, kept for as long as the array.
+    whole = np.empty(leaf.shape, leaf.dtype)
+    for shard in leaf.addressable_shards:
+        whole[shard.index] = np.asarray(shard.data)
+    return whole
+
+
+def _is_spread(leaf: Any) -> bool:
+    return len(getattr(getattr(leaf, "sharding", None), "device_set", ())) > 1
+
+
 def _rebuilt(template: chex.ArrayTree, leaves: dict[str, tuple[str, np.ndarray]]) -> Any:
     def to_device(path: Any, like: Any) -> jax.Array:
-        array = jnp.array(leaves[jax.tree_util.keystr(path)][1])  # A copy: the device must not share the file's memory.
+        data = leaves[jax.tree_util.keystr(path)][1]
+        # Copies: the device must not share the file's memory.
+        spread = _is_spread(like)
+        array = jax.make_array_from_callback(data.shape, like.sharding, lambda part: np.array(data[part])) if spread else jnp.array(data)
         return jax.random.wrap_key_data(array, impl=_key_impl(like)) if _is_key(like) else array
 
     return jax.tree_util.tree_map_with_path(to_device, template)

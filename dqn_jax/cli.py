@@ -181,7 +181,7 @@ def _choose_threads(task: Task) -> None:
     """Many seeds keep every core busy with a program of its own; for one small program one thread is the fastest. This command owns its
     process, so it may choose.
     """
-    seeds = task.seeds if envs.is_jax_env(task.env) else 1
+    seeds = task.seeds if task.seeds > 1 and envs.is_jax_env(task.env) else 1
     is_small = max(task.options["hidden"] or (64,)) * task.options["batch_size"] * seeds <= INLINE_SIZE
     with contextlib.suppress(RuntimeError):  # Called from a program that uses JAX already: it keeps its setting.
         if num_devices(seeds, usable_cores()) > 1:

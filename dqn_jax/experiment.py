@@ -149,7 +149,7 @@ class Log:
 
     def restore(self, runs: HostRuns | CompiledRuns) -> None:
         """Puts the last checkpoint into ``runs`` and reads the rows up to it."""
-        state, info = checkpoint.load(self.folder / "last.safetensors", jax.eval_shape(runs.state))
+        state, info = checkpoint.load(self.folder / "last.safetensors", runs.state())
         runs.restore(state, info["steps"])
         with open(self.folder / "metrics.csv", newline="") as file:
             rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]

@@ -160,12 +160,12 @@ class CompiledRuns:
     @property
     def steps(self) -> int:
         """Transitions collected by each agent."""
-        return int(self._run.agent.step[0])
+        return int(np.asarray(self._run.agent.step)[0])
 
     @property
     def updates(self) -> int:
         """Updates done by each agent."""
-        return int(self._run.agent.updates[0])
+        return int(np.asarray(self._run.agent.updates)[0])
 
     def advance(self) -> list[dict[str, float]]:
         """One chunk. Returns a row of the learning curve for each seed."""
@@ -185,7 +185,7 @@ class CompiledRuns:
     def restore(self, state: Any, steps: int) -> None:
         """Goes on from ``state``, exactly."""
         del steps  # It is in the state.
-        self._run = jax.device_put(state, self._where)
+        self._run = state
 
     def learners(self) -> Any:
         """What the agents have learnt, stacked over seeds, as NumPy."""

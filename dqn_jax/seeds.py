@@ -22,7 +22,8 @@ def over_seeds(function: Callable[..., Any]) -> Callable[..., Any]:
 
     As many devices take part as divide the number of seeds: of two, both with 16 seeds, one with 5. With one device it is ``jax.vmap``.
     The results lie where they were computed; ``Result.seed`` brings one of them to the default device. What a seed learns may differ in
-    the last bits with the number of seeds on its device, as it does under ``jax.vmap``.
+    the last bits with the number of seeds on its device, as it does under ``jax.vmap``. Arguments that somebody has put on other devices
+    must be brought to these first: ``jax.device_put(tree, sharding(seeds))``. Inside of itself it is ``jax.vmap``.
 
     Args:
       function: of arrays without an axis for seeds, such as ``Training.run``.
@@ -34,7 +35,7 @@ def over_seeds(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def spread(*args: Any) -> Any:
         where = sharding(_length(args))
-        if where is None:
+        if where is None or not jax.sharding.get_abstract_mesh().empty:
             return lanes(*args)
         # What is equal on all devices is not looked for: nothing is, and the check refuses loops that begin with constants.
         return jax.shard_map(lanes, mesh=where.mesh, in_specs=AXIS, out_specs=AXIS, check_vma=False)(*args)
@@ -76,11 +77,12 @@ def _pick(leaf: Any, index: int) -> Any:
     if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer) or len(leaf.sharding.device_set) == 1:
         return leaf[index]
     # To index an array that lies on several devices leaves the result on all of them, and whoever goes on with it computes on each.
+    home = footprint.devices()[0]
     for shard in leaf.addressable_shards:
         begin, end, _ = shard.index[0].indices(leaf.shape[0])
-        if begin <= index < end:
-            return jax.device_put(shard.data[index - begin], footprint.devices()[0])
-    raise IndexError(f"seed {index} lies on the devices of another process")
+        if begin <= index < end and shard.data.shape[1:] == leaf.shape[1:]:
+            return jax.device_put(shard.data[index - begin], home)
+    return jax.device_put(leaf[index], home)  # It is cut along other axes, too.
 
 
 def _length(stacked: Any) -> int:
