@@ -265,6 +265,34 @@ def test_contenders_are_chosen_by_name(monkeypatch, capsys):
     assert "libtorch is skipped: torch is not installed" in said
 
 
+def test_every_other_round_goes_backwards_and_who_fails_is_left_out(monkeypatch):
+    asked = []
+
+    def apart(name, work, seed, evaluate=False):
+        asked.append(name)
+        if name == "torch" and len(asked) > 3:
+            raise RuntimeError("torch failed on its second run")
+        return {"steps_per_second": 2.0, "cpu_us_per_step": 1.0, "others_cores": None, "updates": 5, "returns": [1.0]}
+
+    monkeypatch.setattr(loops, "apart", apart)
+    names = ["ours, inline", "ours", "torch"]
+    found = loops.measure(loops.Work("host", 4, 4_000), names, 3, 9_000, {})
+    assert asked == [*names, *names[::-1], *names[:2], "ours, inline"]  # The last one shows that it learns.
+    assert found["failed"] == {"torch": "torch failed on its second run"}
+    assert [line["contender"] for line in found["summary"]] == names[:2] and len(found["measurements"]) == 6
+    with pytest.raises(RuntimeError, match="nobody could do it\ntorch failed"):
+        loops.measure(loops.Work("host", 4, 4_000), ["torch"], 1, 9_000, {})
+
+
+def test_ways_to_compute_are_told_by_the_names():
+    one, many = loops.Work("compiled", 4, 5_000), loops.Work("compiled", 4, 5_000, 16)
+    assert loops.in_each_way(["ours", "torch"], one, is_cpu=True) == ["ours, inline", "ours", "torch"]
+    assert loops.in_each_way(["ours"], many, is_cpu=True) == ["ours, a device per core", "ours, inline", "ours"]
+    assert loops.in_each_way(["ours"], many, is_cpu=False) == ["ours"]
+    names = loops.in_each_way(["ours", "cleanrl-style"], many, is_cpu=True)
+    assert [loops.without_way(name) for name in names] == [(who, way) for who in ("ours", "cleanrl-style") for way in loops.SET_UP]
+
+
 def test_windows_of_one_setting_share_the_learning_runs(monkeypatch):
     asked = []
 

@@ -43,10 +43,11 @@ MEASURED = {
         "imports": {"dqn_jax": {"cold": 3.0, "warm": {"median": 0.8, "min": 0.7, "max": 0.9}}},
     },
     "memory": {
-        "ours, the deck's 3x128, 2,000 transitions": {"marks": {"imported": 1, "end": 300_000_000}},
-        "torch, the deck's": {"marks": {"imported": 1, "end": 350_000_000}},
-        "libtorch, the deck's": {"marks": {"imported": 1, "end": 150_000_000}},
-        "ours, Nature, 20,000 frames": {"marks": {"imported": 1, "end": 900_000_000}},
+        "ours, the deck's 3x128, 2,000 transitions": {"marks": {"imported": 1, "end": 300_000_000}, "seconds": 9.54, "steps": 10_000},
+        "torch, the deck's": {"marks": {"imported": 1, "end": 350_000_000}, "seconds": 6.0},
+        "sb3, the deck's": {"failed": "it broke"},
+        "libtorch, the deck's": {"marks": {"imported": 1, "end": 150_000_000}, "seconds": 1.25},
+        "ours, Nature, 20,000 frames": {"marks": {"imported": 1, "end": 900_000_000}, "seconds": 20.0},
     },
     "loops": {
         "reports": [
@@ -115,7 +116,7 @@ class Sections:
 def sections(monkeypatch):
     fake = Sections()
     monkeypatch.setattr(command, "run_section", fake.run)
-    monkeypatch.setattr(command, "find_device", lambda: CPU)
+    monkeypatch.setattr(command.machine, "find_device", lambda: CPU)
     return fake
 
 
@@ -216,7 +217,7 @@ def test_the_error_of_a_section_is_what_it_said_last(capfd, tmp_path):
 
 
 def test_no_device_is_one_message(bench, monkeypatch):
-    monkeypatch.setattr(command, "ASK_FOR_DEVICE", "raise RuntimeError('no such platform')")
+    monkeypatch.setattr(command.machine, "ASK_FOR_DEVICE", "raise RuntimeError('no such platform')")
     status, _, err = bench("--sections", "size")
     assert status == 2 and err.strip() == "error: JAX finds no device to compute on: RuntimeError: no such platform"
     assert not Path("benchmarks").exists()
@@ -247,11 +248,12 @@ def test_the_decks_three_numbers(capsys):
     command.show_deck(MEASURED)
     lines = capsys.readouterr().out.splitlines()
     rows = [line.split() for line in lines]
-    assert ["ours", "655", "300", "9,000", "1.11"] in rows
-    assert ["libtorch", "(C++)", "436", "150", "20,000", "0.50"] in rows
-    assert ["PyTorch", "900", "350", "4,000", "2.50"] in rows
+    assert ["ours", "655", "300", "9.5", "9,000"] in rows
+    assert ["libtorch", "(C++)", "436", "150", "1.2", "20,000"] in rows
+    assert ["PyTorch", "900", "350", "6.0", "4,000"] in rows
     assert ["PFRL", "-", "-", "-", "-"] in rows
     assert ["SB3", "1,200", "-", "-", "-"] in rows
+    assert any("10,000 steps once, from the start of the process" in line for line in lines)
     (claimed,) = [number for number, line in enumerate(lines) if line.startswith("claimed there")]
     assert "1,700" in lines[claimed + 2] and "800" in lines[claimed + 3]
     command.show_deck({"pixels": {}})

@@ -19,7 +19,6 @@ TINY = scaling.Sizes(
     host_steps=100,
     env_steps=128,
     seed_steps=100,
-    all_seeds_steps=10_000,
     games=(scaling.CARTPOLE,),
     frames=1_000,
     batch_sizes=(4, 8),
@@ -138,7 +137,7 @@ def test_accelerators_get_more_of_everything_but_what_is_quick():
     assert cpu.repeats == gpu.repeats == quick.repeats == 3
     assert (cpu.games, gpu.games) == ((scaling.CARTPOLE,), (scaling.CARTPOLE, scaling.MINATAR))
     assert quick == scaling.sizes("gpu", True)
-    assert quick.games == cpu.games and max(quick.counts) < 128 and quick.all_seeds_steps < cpu.all_seeds_steps
+    assert quick.games == cpu.games and max(quick.counts) < 128 and quick.seed_steps < cpu.seed_steps
 
 
 @pytest.mark.parametrize("which", [("cpu",), ("gpu",), ("cpu", True)], ids=str)
@@ -157,7 +156,7 @@ def test_the_sizes_fit_every_count(which):
             assert cadence.updates * 4 == cadence.rows * count
             assert chosen.host_steps // (cadence.rows * count) >= 1
             jax.eval_shape(agent.init, jax.random.key(0), jnp.zeros((count, *space.shape), space.dtype))  # Raises if a replay is too small.
-            assert min(chosen.seed_steps, chosen.all_seeds_steps // count) >= 4 * options["batch_size"]
+            assert chosen.seed_steps >= 4 * options["batch_size"]
 
 
 def test_what_is_left_out_is_named_with_the_reason(monkeypatch):
@@ -173,13 +172,37 @@ def test_what_is_left_out_is_named_with_the_reason(monkeypatch):
     ]
 
 
+def test_each_series_measures_its_own_game(monkeypatch):
+    for name in ("environments", "seeds"):
+        monkeypatch.setattr(scaling, name, lambda game, count, steps, repeats: (game.env_id, count, steps))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    chosen = scaling.sizes("gpu")
+    found = {name: list(points) for name, (axis, _, points) in scaling.plan(chosen).items() if name.startswith("compiled loop")}
+    assert list(found) == [f"compiled loop, {axis}, {game}" for game in scaling.GAMES for axis in ("environments", "seeds")]
+    for name, asked in found.items():
+        steps = chosen.seed_steps if "seeds" in name else chosen.env_steps
+        game = next(game for title, game in scaling.GAMES.items() if name.endswith(title))
+        assert asked == [(game.env_id, count, steps) for count in chosen.counts]
+
+
+def test_one_seed_runs_without_a_lane_of_its_own():
+    one, two = (scaling.seeds(scaling.GAMES[scaling.CARTPOLE], count, 100, 1) for count in (1, 2))
+    assert (one["count"], one["steps"], one["updates"]) == (1, 100, 10)
+    assert (two["steps"], two["updates"], two["replay_bytes"]) == (200, 20, 2 * one["replay_bytes"])
+
+
+def test_spread_measures_seeds_alone():
+    nothing = TINY._replace(counts=())
+    assert [*scaling.measure_sizes(nothing._replace(batch_sizes=(4,)), seeds_only=True)["series"]] == ["compiled loop, seeds, CartPole"]
+
+
 def test_work_that_would_measure_nothing_is_refused():
     with pytest.raises(ValueError, match=r"6 steps of 8 environment.* hold no update, one falls due every 8"):
         scaling.host_loop(8, 6, 1)
     with pytest.raises(ValueError, match="every 4 transitions does not fit 6 environments"):
         scaling.host_loop(6, 100, 1)
-    with pytest.raises(ValueError, match="640 steps leave 64 for each of 10 seeds, and learning begins after 64"):
-        scaling.seeds(scaling.GAMES[scaling.CARTPOLE], 10, 1_000, 640, 1)
+    with pytest.raises(ValueError, match="64 steps of a seed are too few, learning begins after 64"):
+        scaling.seeds(scaling.GAMES[scaling.CARTPOLE], 10, 64, 1)
     with pytest.raises(ValueError, match="batch of 8 learns from more than 7"):
         next(scaling.updates(IMAGES, None, (4, 8), 7, 1))
 

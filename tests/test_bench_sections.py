@@ -127,6 +127,19 @@ def test_a_contender_that_fails_is_named():
         memory.run_apart("broken", [sys.executable, "-c", "import no_such_module"])
 
 
+def test_a_contender_that_fails_takes_nothing_with_it(monkeypatch, tmp_path, capsys):
+    good = f"import json; print(json.dumps({{'marks': dict.fromkeys({memory.STAGES}, 5), 'steps': 3}}))"
+    monkeypatch.setattr(memory, "_ours", lambda name, quick: [sys.executable, "-c", good])
+    monkeypatch.setattr(memory, "peers", lambda quick: {"broken": [sys.executable, "-c", "import no_such_module"]})
+    monkeypatch.setattr(sys, "argv", ["memory", "--quick", "--out", str(tmp_path / "out.json")])
+    with pytest.raises(SystemExit, match="failed: broken"):
+        memory.main()
+    written = json.loads((tmp_path / "out.json").read_text())
+    (ours,) = [result for name, result in written.items() if name.startswith("ours")]
+    assert ours["marks"]["end"] == 5 and ours["seconds"] > 0 and "no_such_module" in written["broken"]["failed"]
+    assert "FAILED: measuring the memory of broken failed" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", list(torch_loops.LOOPS))
 def test_marks_of_loops_on_pytorch_are_made_without_jax(name):
     pytest.importorskip(torch_loops.NEEDS[name])

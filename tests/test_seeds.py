@@ -1,8 +1,11 @@
 """Seeds are spread over devices; how many share one is all that may touch the bits."""
 
 import json
+import os
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +41,9 @@ print(json.dumps({
 
 
 def in_a_fresh_process(program, *words):
-    done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True)
+    beside = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])}
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run([sys.executable, "-c", program, *words], cwd=folder, env=beside, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()[-1]
 
@@ -108,19 +113,79 @@ def test_a_seed_that_is_not_there_is_named(index):
         seeds.one_seed(jnp.zeros((3, 2)), index)
 
 
-def test_the_command_goes_on_exactly_where_seeds_are_spread(tmp_path):
-    program = """
+COMMAND = """
 import sys
 import jax
-jax.config.update("jax_num_cpu_devices", 2)
 from dqn_jax.cli import main
+from dqn_jax.runs import CompiledRuns
+jax.config.update("jax_num_cpu_devices", 2)
+advance, stop_after = CompiledRuns.advance, int(sys.argv.pop(1))
+
+
+def advance_and_stop(runs):
+    global stop_after
+    assert len(runs.state().agent.step.sharding.device_set) == 2
+    if not stop_after:
+        raise OSError("stopped")
+    stop_after -= 1
+    return advance(runs)
+
+
+CompiledRuns.advance = advance_and_stop
 main(sys.argv[1:])
 """
+
+
+def test_the_command_goes_on_exactly_where_seeds_are_spread(tmp_path):
     small = ["--hidden", "8", "--batch-size", "8", "--capacity", "200", "--replay-start-size", "50", "--eval-episodes", "2", "--json"]
-    train = ["train", "phys2d/CartPole-v1", "--seeds", "2", "--folder", str(tmp_path), *small]
-    begun = json.loads(in_a_fresh_process(program, *train, "--name", "run", "--steps", "1000"))
-    resume = ["train", "--resume", str(tmp_path / "run"), "--json"]
-    loaded = json.loads(in_a_fresh_process(program, *resume))
-    assert loaded["state_sha256"] == begun["state_sha256"]
-    longer = json.loads(in_a_fresh_process(program, *resume, "--steps", "1500"))
-    assert longer["complete"] and longer["updates"] > begun["updates"]
+    train = ["train", "phys2d/CartPole-v1", "--seeds", "2", "--folder", str(tmp_path), "--steps", "1000", *small]
+    whole = json.loads(in_a_fresh_process(COMMAND, "1000", *train, "--name", "whole"))
+    stopped = subprocess.run([sys.executable, "-c", COMMAND, "30", *train, "--name", "half"], capture_output=True, text=True)
+    assert stopped.returncode == 2 and stopped.stderr.endswith("error: stopped\n")
+    resumed = json.loads(in_a_fresh_process(COMMAND, "1000", "train", "--resume", str(tmp_path / "half"), "--json"))
+    assert whole["complete"] and resumed["complete"] and resumed["state_sha256"] == whole["state_sha256"]
+
+
+def test_a_spread_state_is_written_whole_and_read_onto_its_devices():
+    program = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from dqn_jax import checkpoint, seeds
+jax.config.update("jax_num_cpu_devices", 4)
+tree = {"key": jax.random.split(jax.random.key(0), 4), "x": jnp.arange(24.0).reshape(4, 6)}
+spread = jax.device_put(tree, seeds.sharding(4))
+both = NamedSharding(Mesh(np.array(jax.devices()).reshape(2, 2), ("a", "b")), PartitionSpec("a", "b"))
+assert checkpoint.digest(spread) == checkpoint.digest(tree)
+assert checkpoint.digest({**tree, "x": jax.device_put(tree["x"], both)}) == checkpoint.digest(tree)
+one = seeds.one_seed(jax.device_put(tree["x"], both), 2)
+assert one.devices() == {jax.devices()[0]} and one.tolist() == tree["x"][2].tolist()
+checkpoint.save("state", spread, {})
+loaded, _ = checkpoint.load("state", spread)
+assert checkpoint.digest(loaded) == checkpoint.digest(tree)
+assert all(leaf.sharding == seeds.sharding(4) for leaf in loaded.values())
+alone, _ = checkpoint.load("state", tree)
+assert all(len(leaf.devices()) == 1 for leaf in alone.values())
+nested = jax.jit(seeds.over_seeds(seeds.over_seeds(lambda x: 2 * x)))(tree["x"])
+assert len(nested.devices()) == 4 and np.array_equal(nested, 2 * tree["x"])
+print("good")
+"""
+    assert in_a_fresh_process(program) == "good"
+
+
+def test_spread_seeds_copy_no_replay():
+    program = """
+import jax
+jax.config.update("jax_num_cpu_devices", 2)
+import test_compile
+from dqn_jax import seeds
+training = test_compile.big_training(prioritized=True)
+keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 4))
+shapes = jax.eval_shape(jax.vmap(training.init), keys)
+placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=seeds.sharding(4)), shapes)
+advance = jax.jit(seeds.over_seeds(training.advance), donate_argnums=0)
+# What is counted is one device's: two of the four replays.
+share = jax.eval_shape(jax.vmap(training.init), jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2)))
+test_compile.assert_in_place(advance, placed, memory=share.agent.memory)
+print("good")
+"""
+    assert in_a_fresh_process(program) == "good"

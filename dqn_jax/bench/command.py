@@ -18,16 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from dqn_jax.bench import machine, pictures, report
+from dqn_jax.bench.loops import INLINE, SPREAD
 
 SECTIONS = ("size", "memory", "loops", "latency", "scaling", "roofline", "pixels")
-INLINE, SPREAD = ", inline", ", a device per core"  # Behind the name of a section that ran so, and of a contender.
 # In which other ways sections run where JAX computes on the CPU; loops measures all ways by itself.
 WAYS = {
     "latency": {INLINE: "--inline"},
     "scaling": {INLINE: "--inline", SPREAD: "--spread"},
     "roofline": {INLINE: "--inline"},
 }
-ASK_FOR_DEVICE = "import jax, json; d = jax.devices()[0]; print(json.dumps({'platform': d.platform, 'kind': d.device_kind}))"
 CHANGED = 1.2  # From this ratio on, either way, a headline counts as changed.
 
 # The rows of the table beside the deck: what is installed for it, and its name in the sections memory and loops.
@@ -63,7 +62,7 @@ def bench(sections: Collection[str], quick: bool, repeats: int, folder: Path) ->
       KeyboardInterrupt: if somebody interrupts; what was measured is in the file then, and that has been said.
     """
     _require_sound(sections, repeats, folder)
-    device = find_device()
+    device = machine.find_device()
     planned = plan(sections, quick, repeats, device["platform"] == "cpu")
     path = _new_folder(folder) / "results.json"
     results: dict[str, Any] = {
@@ -101,20 +100,6 @@ def _require_sound(sections: Collection[str], repeats: int, folder: Path) -> Non
         raise ValueError(f"--repeats must be at least 1, got {repeats}")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--folder must be a folder, and {folder} is a file: name another")
-
-
-def find_device() -> dict[str, str]:
-    """The ``platform`` and ``kind`` of the device on which JAX computes.
-
-    A process of its own asks: JAX in this one would keep memory of an accelerator from the sections, and threads from their work.
-
-    Raises:
-      ChildProcessError: if JAX finds none.
-    """
-    done = subprocess.run([sys.executable, "-c", ASK_FOR_DEVICE], capture_output=True, text=True)
-    if done.returncode:
-        raise ChildProcessError(f"JAX finds no device to compute on: {_last_line(done.stderr)}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _new_folder(folder: Path) -> Path:
@@ -181,10 +166,6 @@ def run_section(words: list[str], out: Path) -> str:
     return f"exit status {process.returncode}: {said}" if process.returncode else ""
 
 
-def _last_line(text: str) -> str:
-    return (text.strip().splitlines() or ["no reason given"])[-1]
-
-
 def _write(path: Path, results: dict[str, Any]) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(results, indent=1) + "\n")
@@ -198,20 +179,20 @@ def deck_rows(measured: dict[str, Any]) -> list[tuple[str, ...]]:
       measured: what the sections measured, by name.
 
     Returns:
-      For each of CONTENDERS its name, the MB that it takes on disk with what it requires, the most memory that training took in MB, steps
-      per second, and seconds for 10,000 steps; "-" where that was not measured.
+      For each of CONTENDERS its name, the MB that it takes on disk with what it requires, the most memory that training took in MB, the
+      seconds that this took from the start of the process, and steps per second once it learns; "-" where that was not measured.
     """
     sizes = measured.get("size", {"installed": {}, "libtorch_bytes": None})
     installed = {"libtorch": sizes["libtorch_bytes"]} | {name: one["bytes"] for name, one in sizes["installed"].items()}
-    marks = {name.split(",")[0]: case["marks"]["end"] for name, case in measured.get("memory", {}).items() if "the deck's" in name}
+    cases = {name.split(",")[0]: case for name, case in measured.get("memory", {}).items() if "the deck's" in name and "marks" in case}
     deck = next((one for one in measured.get("loops", {}).get("reports", ()) if one["work"]["deck"]), {"summary": ()})
     speeds = {line["contender"]: line["steps_per_second"]["median"] for line in deck["summary"]}
     rows: list[tuple[str, ...]] = []
     for name, (package, contender) in CONTENDERS.items():
-        on_disk, peak = installed.get(package), marks.get(contender)
+        on_disk, case = installed.get(package), cases.get(contender)
         speed = speeds.get(contender + INLINE, speeds.get(contender))
-        in_mb = ["-" if size is None else f"{size / 1e6:,.0f}" for size in (on_disk, peak)]
-        rows.append((name, *in_mb, *(("-", "-") if speed is None else (f"{speed:,.0f}", f"{10_000 / speed:.2f}"))))
+        in_mb = ["-" if size is None else f"{size / 1e6:,.0f}" for size in (on_disk, case and case["marks"]["end"])]
+        rows.append((name, *in_mb, f"{case['seconds']:.1f}" if case else "-", "-" if speed is None else f"{speed:,.0f}"))
     return rows
 
 
@@ -219,9 +200,15 @@ def show_deck(measured: dict[str, Any]) -> None:
     """Prints the deck's three numbers as measured here and as claimed there, if any of the sections that measure them has run."""
     if not {"size", "memory", "loops"} & set(measured):
         return
-    head = ("", "installed, MB", "peak memory in training, MB", "steps/s", "s for 10,000 steps")
+    head = ("", "installed, MB", "peak memory in training, MB", "run, s", "steps/s")
     report.table("the deck's three numbers, measured here in its setting", head, deck_rows(measured))
-    print("  installed: with all that it requires; of libtorch the shared libraries alone. Steps of ours: inline where that was measured.")
+    steps = next((case["steps"] for case in measured.get("memory", {}).values() if "steps" in case), None)
+    print("  installed: with all that it requires, extras left out; of libtorch the shared libraries alone. memory: of the process.")
+    if steps is not None:
+        print(
+            f"  run: {steps:,} steps once, from the start of the process: imports, compilation and exploration included, JAX as it comes."
+        )
+    print("  steps/s: without these, ours inline where that was measured. The others compute on the CPU, whatever device JAX has.")
     report.table("claimed there; no machine is named, and no protocol", ("", "package, MB", "training memory", "run time"), CLAIMED)
 
 
@@ -240,7 +227,7 @@ def headlines(measured: dict[str, Any]) -> dict[str, float]:
         found["installed, MB"] = measured["size"]["installed"]["dqn_jax"]["bytes"] / 1e6
         found["warm import, s"] = measured["size"]["imports"]["dqn_jax"]["warm"]["median"]
     for case, result in measured.get("memory", {}).items():
-        if case.startswith("ours"):
+        if case.startswith("ours") and "marks" in result:
             found[f"peak memory, {case}, MB"] = result["marks"]["end"] / 1e6
     for one in measured.get("loops", {}).get("reports", ()):
         for line in one["summary"]:

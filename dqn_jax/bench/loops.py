@@ -70,7 +70,7 @@ ON_TORCH = (*torch_loops.LOOPS, LIBTORCH)
 EVALUATION_EPISODES = 20
 # Behind the name of a contender that is measured so: with JAX on one thread, or with the seeds spread over the cores.
 INLINE, SPREAD = ", inline", ", a device per core"
-SET_UP = {INLINE: compute_inline, SPREAD: device_per_core, "": lambda: None}
+SET_UP = {SPREAD: device_per_core, INLINE: compute_inline, "": lambda: None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,11 +295,11 @@ def chosen(only: tuple[str, ...]) -> list[str]:
     return [name for name in names if name not in obstacles]
 
 
-def in_each_way(names: list[str], work: Work) -> list[str]:
-    """The contenders as they are measured, ours in its best way first: with JAX as it comes, inline, and, of many seeds, spread over the
-    cores. Those on torch have one way, their best.
+def in_each_way(names: list[str], work: Work, is_cpu: bool) -> list[str]:
+    """The contenders as they are measured, ours in its best way first: with JAX as it comes, and, where that computes on the CPU, inline
+    and, of many seeds, spread over the cores. Those on torch have one way, their best.
     """
-    ways = [SPREAD, INLINE, ""] if work.seeds > 1 else [INLINE, ""]
+    ways = [*[SPREAD] * (work.seeds > 1), INLINE, ""] if is_cpu else [""]
     return [name + way for name in names for way in ([""] if name in ON_TORCH else ways)]
 
 
@@ -323,30 +323,50 @@ def measure(work: Work, names: list[str], repeats: int, learning_steps: int, lea
     Args:
       work: what to do.
       names: the contenders; the first is compared with the others.
-      repeats: rounds.
+      repeats: rounds; every other one goes through the contenders backwards, so that what drifts hits all alike.
       learning_steps: length of the separate run in which a host loop shows that it learns.
       learnt: those runs by loop and setting, made once for all windows of a setting: what is missing is run and added.
 
     Returns:
-      ``work``, ``updates``, ``measurements``, ``learning`` (the separate runs), and ``summary``: one dict for each contender.
+      ``work``, ``updates``, ``measurements``, ``learning`` (the separate runs), ``summary``: one dict for each contender, and ``failed``:
+      the error of each that failed and is left out.
 
     Raises:
       AssertionError: if the contenders made different numbers of updates.
-      RuntimeError: if one failed.
+      RuntimeError: if all failed.
     """
-    rounds = [{name: apart(name, work, seed) for name in names} for seed in range(repeats)]
-    updates = {result["updates"] for results in rounds for result in results.values()}
-    if len(updates) != 1:
-        raise AssertionError(f"{work.title}: the contenders made different numbers of updates, {sorted(updates)}")
-    learning = {}
+    failed: dict[str, str] = {}
+
+    def attempt(name: str, work: Work, seed: int, evaluate: bool = False) -> dict[str, dict[str, Any]]:
+        """The measurement under the contender's name, or nothing once it has failed."""
+        if name not in failed:
+            try:
+                return {name: apart(name, work, seed, evaluate)}
+            except RuntimeError as error:
+                failed[name] = str(error)
+        return {}
+
+    rounds: list[dict[str, Any]] = []
+    for seed in range(repeats):
+        rounds.append({})
+        for name in names[:: -1 if seed % 2 else 1]:
+            rounds[-1].update(attempt(name, work, seed))
     if work.kind == "host":
         longer = dataclasses.replace(work, steps=learning_steps)
         # In which threads a program runs does not change what it learns: one run of each loop, inline where it can be.
         for name in names:
             loop = without_way(name)[0], work.setting
             if loop not in learnt:
-                learnt[loop] = apart(name, longer, repeats, evaluate=True)
-        learning = {name: learnt[without_way(name)[0], work.setting] for name in names}
+                for result in attempt(name, longer, repeats, evaluate=True).values():
+                    learnt[loop] = result
+    names = [name for name in names if name not in failed]
+    if not names:
+        raise RuntimeError(f"{work.title}: nobody could do it\n" + "\n".join(failed.values()))
+    rounds = [{name: results[name] for name in names} for results in rounds]
+    updates = {result["updates"] for results in rounds for result in results.values()}
+    if len(updates) != 1:
+        raise AssertionError(f"{work.title}: the contenders made different numbers of updates, {sorted(updates)}")
+    learning = {name: learnt[without_way(name)[0], work.setting] for name in names} if work.kind == "host" else {}
     summary = []
     for name in names:
         returns = [learning[name]["returns"]] if learning else [results[name]["returns"] for results in rounds]
@@ -354,14 +374,14 @@ def measure(work: Work, names: list[str], repeats: int, learning_steps: int, lea
         summary.append(
             {"contender": name, **_summarize(rounds, name, names[0]), "return_mean": float(np.mean(seeds)), "return_worst": min(seeds)}
         )
-    flat = [result for results in rounds for result in results.values()]
     return {
         "work": dataclasses.asdict(work),
         "title": work.title,
         "updates": updates.pop(),
         "summary": summary,
-        "measurements": flat,
+        "measurements": [result for results in rounds for result in results.values()],
         "learning": list(learning.values()),
+        "failed": failed,
     }
 
 
@@ -422,12 +442,12 @@ def main() -> None:
     print(
         f"{described['processor']}, {described['usable_cores']} of {described['cores']} cores, {described['memory']}, {described['system']}"
     )
-    contenders, reports = chosen(options.only), []
+    contenders, reports, is_cpu = chosen(options.only), [], machine.find_device()["platform"] == "cpu"
     learnt: dict[tuple[str, Setting], Any] = {}
     for work in SHORT if options.quick else FULL:
         if work.kind not in options.kinds:
             continue
-        names = in_each_way([name for name in contenders if able(name, work)], work)
+        names = in_each_way([name for name in contenders if able(name, work)], work, is_cpu)
         if not names:
             continue
         reports.append(measure(work, names, options.repeats, work.steps if options.quick else HOST_LEARNING_STEPS, learnt))
@@ -436,9 +456,11 @@ def main() -> None:
             settings = {"deck": DECK._asdict(), "plain": PLAIN._asdict()}
             recorded = {"machine": described, "settings": settings, "differences": peers.DIFFERENCES, "reports": reports}
             options.out.write_text(json.dumps(recorded, indent=1) + "\n")
-    print("\nMedians (and ranges) over the timings used; ratios are of neighbours in the same round.")
+    print("\nMedians (and ranges) over the timings used; ratios are of timings in the same round.")
     if any(line["loud"] for report in reports for line in report["summary"]):
         print(f"* No quiet timing, or no quiet pair: other programs used more than {QUIET} cores during each. Measure again.")
+    if failed := [error for report in reports for error in report["failed"].values()]:
+        sys.exit("\n".join(failed))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """What a timing needs to know of its surroundings: the clocks, the machine, and what everybody else is doing on it."""
 
 import importlib.metadata
+import json
 import os
 import platform
+import subprocess
 import sys
 import time
 from typing import Any, NamedTuple
@@ -11,6 +13,9 @@ PACKAGES = (
     *("dqn_jax", "jax", "jaxlib", "flax", "optax", "numpy", "gymnasium"),
     *("torch", "stable-baselines3", "pfrl", "rejax", "flashbax", "cpprb"),
 )
+
+
+ASK_FOR_DEVICE = "import jax, json; d = jax.devices()[0]; print(json.dumps({'platform': d.platform, 'kind': d.device_kind}))"
 
 
 class Moment(NamedTuple):
@@ -66,6 +71,20 @@ def describe() -> dict[str, Any]:
         "system": f"{sys.platform} {platform.release()}",
         "versions": versions,
     }
+
+
+def find_device() -> dict[str, str]:
+    """The ``platform`` and ``kind`` of the device on which JAX computes.
+
+    A process of its own asks: JAX in this one would keep memory of an accelerator from the sections, and threads from their work.
+
+    Raises:
+      ChildProcessError: if JAX finds none.
+    """
+    done = subprocess.run([sys.executable, "-c", ASK_FOR_DEVICE], capture_output=True, text=True)
+    if done.returncode:
+        raise ChildProcessError(f"JAX finds no device to compute on: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _first_value(path: str, name: str) -> str | None:

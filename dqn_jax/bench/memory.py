@@ -14,6 +14,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -188,15 +189,16 @@ def _ours(name: str, quick: bool) -> list[str]:
 
 
 def run_apart(name: str, command: list[str]) -> dict[str, Any]:
-    """What a command prints in its last line, JSON as ``measure_here`` gives it.
+    """What a command prints in its last line, JSON as ``measure_here`` gives it, and the ``seconds`` that it took from start to end.
 
     Raises:
       RuntimeError: if it fails.
     """
+    begin = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"measuring the memory of {name} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1]) | {"seconds": time.perf_counter() - begin}
 
 
 def measure(quick: bool = False, others: dict[str, list[str]] | None = None) -> dict[str, Any]:
@@ -208,16 +210,20 @@ def measure(quick: bool = False, others: dict[str, list[str]] | None = None) -> 
         and what else of ``measure_here`` it knows.
 
     Returns:
-      For each what ``measure_here`` gives, and ``added``: what each mark lies above the one before, in bytes. The deck's setting comes
-      first, then the contenders, then the other cases.
-
-    Raises:
-      RuntimeError: if one fails.
+      For each what ``measure_here`` gives; ``added``: what each mark lies above the one before, in bytes; ``seconds``: from the start of
+      its process to the end. Of one that failed the error alone, ``failed``. The deck's setting comes first, then the contenders, then
+      the other cases.
     """
     deck, *rest = CASES
     commands = {deck: _ours(deck, quick)} | (others or {}) | {name: _ours(name, quick) for name in rest if not quick}
-    measured = {name: run_apart(name, command) for name, command in commands.items()}
-    return {name: result | {"added": _added(result["marks"])} for name, result in measured.items()}
+    measured: dict[str, Any] = {}
+    for name, command in commands.items():
+        try:
+            result = run_apart(name, command)
+            measured[name] = result | {"added": _added(result["marks"])}
+        except RuntimeError as error:
+            measured[name] = {"failed": str(error)}
+    return measured
 
 
 def _added(marks: dict[str, int]) -> dict[str, int]:
@@ -232,6 +238,9 @@ def show(measured: dict[str, Any]) -> None:
     """Prints what ``measure`` gives."""
     rows, sizes = [], []
     for name, result in measured.items():
+        if "failed" in result:
+            print(f"FAILED: {result['failed']}")
+            continue
         marks, added = result["marks"], result["added"]
         rows.append((name, *(f"{marks[stage] / 1e6:,.0f} (+{added[stage] / 1e6:,.0f})" for stage in STAGES)))
         if result.get("device_marks"):
@@ -252,7 +261,9 @@ def main() -> None:
         name, quick = asked["name"], asked["quick"]
         print(json.dumps(measure_libtorch(quick) if name == LIBTORCH else measure_here(name, quick)))
         return
-    report.run(lambda quick: measure(quick, peers(quick)), show, options.quick, options.out)
+    measured = report.run(lambda quick: measure(quick, peers(quick)), show, options.quick, options.out)
+    if failed := [name for name, result in measured.items() if "failed" in result]:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -46,11 +46,16 @@ def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Non
 
 def run(
     measure: Callable[[bool], dict[str, Any]], show: Callable[[dict[str, Any]], None], quick: bool, out: Path | None, **beside: Any
-) -> None:
-    """What the command of a section does: ``measure(quick)``, ``show`` it, and write it to ``out`` with what is said ``beside`` it."""
+) -> dict[str, Any]:
+    """What the command of a section does: ``measure(quick)``, ``show`` it, and write it to ``out`` with what is said ``beside`` it.
+
+    Returns:
+      What was written, but for the machine.
+    """
     measured = {**beside, **measure(quick)}
     show(measured)
     write(out, measured)
+    return measured
 
 
 def write(out: Path | None, measured: dict[str, Any]) -> None:

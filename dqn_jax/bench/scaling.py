@@ -7,8 +7,8 @@ Per second, medians and ranges of three measurements, each with keys of its own;
   process, after the warm-up. Its compilation is that of ``DQN.compile``;
 * steps of the compiled loop with N environments that feed one agent;
 * steps of the compiled loop with N seeds, an agent and an environment each, through ``dqn_jax.over_seeds``; their steps are added up;
-* updates of Nature's convolutional network inside a compiled loop, from a full replay of frames, computed in float32 and in bfloat16, by
-  batch size. Random numbers are drawn before, and no environment is stepped.
+* updates of Nature's convolutional network inside a compiled loop, from a full replay of frames, computed in float32 (at JAX's
+  default precision) and in bfloat16, by batch size. Random numbers are drawn before, and no environment is stepped.
 
 The loops learn with the setting PLAIN of ``settings.py`` on CartPole, on MinAtar's Breakout with the preset "minatar", and make **one
 update for every 4 transitions, whatever the count**: with one environment an update after every fourth row, with N >= 4 environments N / 4
@@ -16,8 +16,7 @@ updates after each row of N transitions. So more environments save acting, not l
 begins with the first full batch, since the steps of a warm-up cost next to nothing. Compiled loops are timed from the first reset on, that
 little warm-up included; the updates that were made stand beside the steps.
 
-Each of S seeds makes ``min(seed_steps, all_seeds_steps / S)`` steps (``Sizes``), rounded up as ``dqn_jax.train`` does, and keeps
-``min(50,000, those steps)`` transitions (frames, for MinAtar): all replays together hold no more than ``all_seeds_steps``. On an
+Each seed makes as many steps as every other, however many there are, and its replay keeps them all (``Sizes``, SEED_CAPACITY). On an
 accelerator there are larger counts, a replay of 1,000,000 frames, and MinAtar where pgx is installed; what is left out is said.
 """
 
@@ -105,8 +104,7 @@ class Sizes(NamedTuple):
       counts: of environments, and of seeds.
       host_steps: transitions of a measured host loop, of all environments together; rounded down to whole updates.
       env_steps: transitions of a compiled loop with several environments, of all together; rounded up to whole rows.
-      seed_steps: transitions asked of each seed, at most.
-      all_seeds_steps: transitions asked of all seeds together, at most.
+      seed_steps: transitions of each seed.
       games: names out of GAMES, for the compiled loops.
       frames: that the replay of Nature's updates keeps.
       batch_sizes: of Nature's updates.
@@ -118,7 +116,6 @@ class Sizes(NamedTuple):
     host_steps: int
     env_steps: int
     seed_steps: int
-    all_seeds_steps: int
     games: tuple[str, ...]
     frames: int
     batch_sizes: tuple[int, ...]
@@ -134,11 +131,11 @@ def sizes(backend: str, quick: bool = False) -> Sizes:
       quick: a little of everything.
     """
     if quick:
-        return Sizes((16,), 512, 2_048, 512, 4_096, (CARTPOLE,), 1_000, (32,), 128)
+        return Sizes((16,), 512, 2_048, 512, (CARTPOLE,), 1_000, (32,), 128)
     if backend == "cpu":
-        return Sizes((1, 16, 128, 1024), 16_384, 131_072, 131_072, 524_288, (CARTPOLE,), 20_000, (32, 128), 2_560)
+        return Sizes((1, 16, 128, 1024), 16_384, 131_072, 2_048, (CARTPOLE,), 20_000, (32, 128), 2_560)
     batch_sizes = (32, 128, 512, 1024, 4096)
-    return Sizes((1, 16, 128, 1024, 4096), 16_384, 16_384, 4_096, 2**24, (CARTPOLE, MINATAR), 1_000_000, batch_sizes, 409_600)
+    return Sizes((1, 16, 128, 1024, 4096), 16_384, 16_384, 4_096, (CARTPOLE, MINATAR), 1_000_000, batch_sizes, 409_600)
 
 
 class Done(NamedTuple):
@@ -266,14 +263,13 @@ def environments(game: Game, num_envs: int, steps: int, repeats: int) -> dict[st
     return _compiled(training.run, num_envs, [jax.random.key(seed) for seed in range(repeats)])
 
 
-def seeds(game: Game, count: int, seed_steps: int, all_seeds_steps: int, repeats: int) -> dict[str, Any]:
+def seeds(game: Game, count: int, steps: int, repeats: int) -> dict[str, Any]:
     """The compiled loop with so many seeds, each an agent and an environment.
 
     Args:
       game: what is learnt.
       count: of seeds.
-      seed_steps: transitions asked of each, at most, and of
-      all_seeds_steps: all together, at most; rounded up as ``dqn_jax.train`` does.
+      steps: transitions of each; rounded up as ``dqn_jax.train`` does. Its replay keeps them all, up to SEED_CAPACITY.
       repeats: measurements.
 
     Returns:
@@ -283,17 +279,14 @@ def seeds(game: Game, count: int, seed_steps: int, all_seeds_steps: int, repeats
       ValueError: if so few steps are left for a seed that it would not learn.
       MemoryError: if all replays together are larger than the device's memory.
     """
-    steps, batch_size = min(seed_steps, all_seeds_steps // count), game.options["batch_size"]
-    if steps <= batch_size:
-        raise ValueError(
-            f"{all_seeds_steps} steps leave {steps} for each of {count} seeds, and learning begins after {batch_size}: "
-            "allow more steps, or measure fewer seeds"
-        )
+    if steps <= game.options["batch_size"]:
+        raise ValueError(f"{steps} steps of a seed are too few, learning begins after {game.options['batch_size']}: measure more")
     env = make(game.env_id, **game.env_args)
     agent = dqn(env, **game.options | {"capacity": min(SEED_CAPACITY, steps)})
     training = train(agent, env, num_steps=steps, history_length=1)
     footprint.require_room(jax.eval_shape(training.init, jax.random.key(0)), num_in_one_memory(count))
-    return _compiled(over_seeds(training.run), count, [jax.random.split(jax.random.key(seed), count) for seed in range(repeats)])
+    run = over_seeds(training.run) if count > 1 else lambda keys: training.run(keys[0])  # One lane would be slower than none.
+    return _compiled(run, count, [jax.random.split(jax.random.key(seed), count) for seed in range(repeats)])
 
 
 def _compiled(run: Callable[[jax.Array], Result], count: int, keys: list[jax.Array]) -> dict[str, Any]:
@@ -410,11 +403,11 @@ def plan(chosen: Sizes) -> dict[str, tuple[str, str, Iterator[dict[str, Any]]]]:
     }
     nature = SHAPES["Nature"]._replace(capacity=chosen.frames)
     for name in (name for name in chosen.games if name not in missing(chosen)):
-        run, over = functools.partial(environments, GAMES[name]), functools.partial(seeds, GAMES[name])
-        several = (run(count, chosen.env_steps, repeats) for count in counts)
-        series[f"compiled loop, environments, {name}"] = ("environments", per_second, several)
-        many = (over(count, chosen.seed_steps, chosen.all_seeds_steps, repeats) for count in counts)
-        series[f"compiled loop, seeds, {name}"] = ("seeds", per_second, many)
+        # Bound now: a generator would look the game up when it is asked for its points, after the last one.
+        several = functools.partial(environments, GAMES[name], steps=chosen.env_steps, repeats=repeats)
+        many = functools.partial(seeds, GAMES[name], steps=chosen.seed_steps, repeats=repeats)
+        series[f"compiled loop, environments, {name}"] = ("environments", per_second, map(several, counts))
+        series[f"compiled loop, seeds, {name}"] = ("seeds", per_second, map(many, counts))
     for name, dtype in DTYPES.items():
         points = updates(nature, dtype, chosen.batch_sizes, chosen.learnt, repeats)
         series[f"Nature updates, {name}"] = ("batch size", "updates per second", points)
