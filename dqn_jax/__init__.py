@@ -2,11 +2,14 @@
 
 from dqn_jax.agent import assemble
 from dqn_jax.algorithms.dqn import DQNState
+from dqn_jax.algorithms.ppo import PPOState
+from dqn_jax.algorithms.sac import SACState
 from dqn_jax.checkpoint import CheckpointError, digest
 from dqn_jax.envs import from_func_env, from_gymnax, from_pgx, make, true_successors
 from dqn_jax.online import OnlineAgent
-from dqn_jax.options import PRESETS, DQNOptions
-from dqn_jax.presets import DQN, dqn
+from dqn_jax.presets.dqn import DQN, PRESETS, DQNOptions, dqn
+from dqn_jax.presets.ppo import PPO, PPO_PRESETS, PPOOptions, ppo
+from dqn_jax.presets.sac import SAC, SAC_PRESETS, SACOptions, sac
 from dqn_jax.programs import compute_inline, device_per_core
 from dqn_jax.runs import load_run
 from dqn_jax.seeds import over_seeds
@@ -42,6 +45,8 @@ __all__ = [
     "AgentState",
     "RunState",
     "DQNState",
+    "PPOState",
+    "SACState",
     "assemble",
     "make",
     "from_func_env",
@@ -58,6 +63,14 @@ __all__ = [
     "PRESETS",
     "dqn",
     "DQN",
+    "PPOOptions",
+    "PPO_PRESETS",
+    "ppo",
+    "PPO",
+    "SACOptions",
+    "SAC_PRESETS",
+    "sac",
+    "SAC",
     "compute_inline",
     "device_per_core",
     "load_run",

@@ -89,7 +89,7 @@ def assemble(algorithm: Algorithm, memory: Memory, *, discount: chex.Numeric, wa
         if num_envs < 1:
             raise ValueError(f"num_envs must be at least 1, got {num_envs}")
         if memory.demand is not None:  # It learns from fresh rows only: their number is the period.
-            return Cadence(0, memory.demand, updates)
+            return Cadence(0, memory.demand, updates, once=True)
         if period % num_envs and num_envs % period:
             legal = [n for n in range(1, 2 * max(period, num_envs) + 1) if period % n == 0 or n % period == 0]
             nearest = max(n for n in legal if n < num_envs), min(n for n in legal if n > num_envs)

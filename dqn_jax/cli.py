@@ -22,8 +22,8 @@ from gymnasium.wrappers import RecordVideo
 from dqn_jax import envs
 from dqn_jax.bench.command import SECTIONS, bench
 from dqn_jax.experiment import say, train
-from dqn_jax.options import PRESETS, DQNOptions
-from dqn_jax.presets import dqn, encoder_of
+from dqn_jax.presets.reading import encoder_of
+from dqn_jax.presets.table import ALGORITHMS
 from dqn_jax.programs import compute_inline, device_per_core, usable_cores
 from dqn_jax.runs import Task, best_learner, greedy_policy, play_greedily, read_task
 from dqn_jax.seeds import num_devices
@@ -43,10 +43,8 @@ class Train:
     env: Annotated[str | None, tyro.conf.Positional] = None
     """Gymnasium id (CartPole-v1), or a JAX environment (phys2d/CartPole-v1, gymnax/Catch-bsuite, pgx/minatar-breakout). Not needed with
     --resume."""
-    algo: Literal["dqn"] = "dqn"
-    """The algorithm."""
-    preset: Literal[tuple(PRESETS)] = "default"  # type: ignore[valid-type]
-    """The set of options that the flags below start from."""
+    algo: Literal[tuple(ALGORITHMS)] = "dqn"  # type: ignore[valid-type]
+    """The algorithm; which presets and options there are depends on it (dqn-jax train --algo ppo --help)."""
     steps: int | None = None
     """Environment steps for each seed (default: 50000; with --resume: as before)."""
     seed: int = 0
@@ -67,8 +65,6 @@ class Train:
     """A run's folder: go on from its last checkpoint, with the options of the run; only --steps and --json may stand beside it."""
     json: bool = False
     """Print the summary as the last line of standard output, one JSON object."""
-    options: Annotated[DQNOptions, tyro.conf.arg(name="")] = dataclasses.field(default_factory=DQNOptions)
-    """Options of the algorithm."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,11 +117,11 @@ class Bench:
 def main(args: list[str] | None = None) -> None:
     """The console script. Errors that a user can mend are one line on standard error, and exit status 2; 1 if a benchmark failed."""
     args = sys.argv[1:] if args is None else args
-    # The preset's options are the defaults, so that --help shows them and flags override them.
-    train_command = tyro.conf.subcommand("train", default=Train(options=DQNOptions(**PRESETS[_named_preset(args)])))
+    default = _train_default(args)
+    train_command: Any = tyro.conf.subcommand("train", default=default)
     eval_command, bench_command = tyro.conf.subcommand("eval"), tyro.conf.subcommand("bench")
-    commands = Annotated[Train, train_command] | Annotated[Eval, eval_command] | Annotated[Bench, bench_command]
-    command = tyro.cli(commands, args=args, prog="dqn-jax", description=__doc__, config=(tyro.conf.OmitArgPrefixes,))  # type: ignore[call-overload]
+    commands: Any = Annotated[type(default), train_command] | Annotated[Eval, eval_command] | Annotated[Bench, bench_command]
+    command = tyro.cli(commands, args=args, prog="dqn-jax", description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
     try:
         summary = _train(command) if isinstance(command, Train) else _eval(command) if isinstance(command, Eval) else _bench(command)
     except (ValueError, TypeError, NotImplementedError, OSError, MemoryError, ModuleNotFoundError, gymnasium.error.Error) as error:
@@ -141,17 +137,35 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(1)
 
 
-def _named_preset(args: list[str]) -> str:
-    for flag, value in itertools.pairwise([*args, ""]):
-        name = value if flag == "--preset" else flag.removeprefix("--preset=")
-        if flag.startswith("--preset") and name in PRESETS:
+def _train_default(args: list[str]) -> Any:
+    """A ``Train`` with the presets and the options of the algorithm that the arguments name, and with the preset's options as defaults, so
+    that --help shows them and flags override them. Where a name is unknown, the parser says so.
+    """
+    algo = _named(args, "--algo", list(ALGORITHMS), "dqn")
+    preset = ALGORITHMS[algo]
+    chosen = _named(args, "--preset", list(preset.sets), "default")
+    sets: Any = Annotated[Literal[tuple(preset.sets)], tyro.conf.arg(help="The set of options that the flags below start from.")]
+    options: Any = Annotated[preset.options, tyro.conf.arg(name="", help=f"Options of {algo}.")]
+    fields = [
+        ("preset", sets, dataclasses.field(default="default")),
+        ("options", options, dataclasses.field(default_factory=preset.options)),
+    ]
+    kind: Any = dataclasses.make_dataclass("Train", fields, bases=(Train,), frozen=True)
+    return kind(algo=algo, options=preset.options(**preset.sets[chosen]))
+
+
+def _named(args: list[str], flag: str, known: list[str], otherwise: str) -> str:
+    for given, value in itertools.pairwise([*args, ""]):
+        name = value if given == flag else given.removeprefix(f"{flag}=")
+        if given.startswith(flag) and name in known:
             return name
-    return "default"  # Also where the name is unknown: the parser then says so.
+    return otherwise
 
 
-def _train(command: Train) -> dict[str, Any]:
+def _train(command: Any) -> dict[str, Any]:
     if command.resume is not None:
-        others = [f.name for f in dataclasses.fields(Train) if getattr(command, f.name) != getattr(Train(), f.name)]
+        plain = type(command)()
+        others = [f.name for f in dataclasses.fields(command) if getattr(command, f.name) != getattr(plain, f.name)]
         if extra := sorted(set(others) - {"resume", "steps", "json"}):
             raise ValueError(f"--resume goes on with the run's own options; leave out {', '.join(extra)}")
         task, folder = read_task(command.resume), command.resume
@@ -168,6 +182,7 @@ def _train(command: Train) -> dict[str, Any]:
             num_envs=command.num_envs,
             eval_episodes=command.eval_episodes,
             options=dataclasses.asdict(command.options),
+            algo=command.algo,
         )
         folder = command.folder / (command.name or _new_name(command))
     _choose_threads(task)
@@ -198,7 +213,7 @@ def _has_large_images(task: Task) -> bool:
     except Exception:  # What is wrong is said when the run makes its own.
         return False
     env.close()
-    return encoder_of(DQNOptions(**task.options), env.observation_space)[0] == "nature"
+    return encoder_of(task.options["encoder"], env.observation_space, task.options.get("frames", "off"))[0] == "nature"
 
 
 def _new_name(command: Train) -> str:
@@ -240,7 +255,7 @@ def _eval(command: Eval) -> dict[str, Any]:
         raise ValueError(f"--episodes must be at least 1, got {command.episodes}")
     compiled = envs.is_jax_env(task.env)
     world = envs.make(task.env, **task.env_args) if compiled else gymnasium.make(task.env, **task.env_args)
-    agent = dqn(world, **task.options)
+    agent = ALGORITHMS[task.algo].build(world, **task.options)
     learner = best_learner(command.run, command.seed, agent, world.observation_space)
     if isinstance(world, Env) and not (command.render or command.video or command.env):
         play = evaluate(agent, world, num_episodes=command.episodes, max_steps=world.time_limit or 10_000)

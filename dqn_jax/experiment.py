@@ -27,7 +27,6 @@ from dqn_jax.runs import CompiledRuns, HostRuns, Task, make_runs
 from dqn_jax.statistics import bootstrap_interval, iqm
 
 EVALUATIONS = 10
-COLUMNS = ("steps", "seed", "episodes", "return", "length", "loss", "q", "epsilon", "eval_return")
 
 
 def train(task: Task, folder: Path, *, resume: bool = False) -> dict[str, Any]:
@@ -141,7 +140,7 @@ class Log:
         """Writes the rows and the state. The rows come first: those beyond the state's steps are dropped on resume."""
         partial = self.folder / "metrics.csv.partial"
         with open(partial, "w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, restval=math.nan, extrasaction="ignore")
+            writer = csv.DictWriter(file, list(self.rows[0]))
             writer.writeheader()
             writer.writerows(self.rows)
         os.replace(partial, self.folder / "metrics.csv")
@@ -183,7 +182,7 @@ def summarise(
     evaluated = runs.evaluate()
     online = log.online_returns() if log.rows else [math.nan] * task.seeds
     return {
-        "algo": "dqn",
+        "algo": task.algo,
         "env": task.env,
         "steps": runs.steps,
         "seeds": task.seeds,
@@ -271,10 +270,15 @@ def _require_counts(task: Task) -> None:
     for name, low in lowest.items():
         if getattr(task, name) < low:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(task, name)}")
-    if task.steps <= task.options["replay_start_size"]:
+    if task.steps <= task.options.get("replay_start_size", 0):
         raise ValueError(
             f"--steps {task.steps} end before learning starts: ask for more than --replay-start-size {task.options['replay_start_size']}, "
             "or lower that"
+        )
+    if task.steps < task.options.get("rollout_length", 0) * task.num_envs:
+        raise ValueError(
+            f"--steps {task.steps} end before learning starts: ask for at least --rollout-length {task.options['rollout_length']} times "
+            f"--num-envs {task.num_envs}, or lower these"
         )
 
 

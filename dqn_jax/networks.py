@@ -13,6 +13,8 @@ from flax import linen as nn
 from flax import nnx
 from flax.linen.dtypes import promote_dtype
 
+SQRT2 = 2**0.5  # The scale of an orthogonal layer that keeps the size of what a ReLU halves.
+
 
 def flatten(observation: chex.ArrayTree) -> chex.Array:
     """Joins the leaves of a batch of observations ``[B, ...]`` into vectors ``[B, F]`` of float32."""
@@ -103,18 +105,20 @@ class Conv(nn.Module):
       kernel_size: the side K of a square window, in pixels.
       stride: the step between windows, in pixels.
       dtype: in which to compute; by default that of images and parameters together. Parameters stay float32.
+      kernel_init: as in flax.
     """
 
     features: int
     kernel_size: int
     stride: int = 1
     dtype: Any = None
+    kernel_init: Callable[..., chex.Array] = nn.initializers.lecun_normal()
 
     @nn.compact
     def __call__(self, x: chex.Array) -> chex.Array:
         """From images ``[B, H, W, C]`` to ``[B, (H - K) // stride + 1, (W - K) // stride + 1, F]`` of the type computed in."""
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        kernel = self.param("kernel", self.kernel_init, shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
         return conv(x, kernel, self.stride) + bias
@@ -157,6 +161,71 @@ class ConvQNetwork(nn.Module):
         for features in self.hidden:
             x = nn.relu(nn.Dense(features, dtype=self.dtype)(x))
         return nn.Dense(self.num_actions, dtype=self.dtype)(x).astype(jnp.float32)  # [B, A]
+
+
+class ActorCritic(nn.Module):
+    """A policy's outputs and a value from one observation, as PPO asks for; orthogonal initialisation, zero biases.
+
+    The last layer of the policy begins near zero (scale 0.01), so that every action is about as likely at first.
+
+    Attributes:
+      num_outputs: the numbers P that the policy's distribution takes, without ``num_free``.
+      hidden: width of each hidden layer.
+      features: from a batch of observations to vectors ``[B, F]``, or images ``[B, H, W, C]`` where there are convolutions.
+      convolutions: (filters, kernel size, stride) of each, with ReLU, before the hidden layers.
+      shared: whether policy and value share all layers but the last.
+      num_free: further outputs that are parameters of their own, the same for every observation, zeros at first: the logarithms of
+        standard deviations.
+      activation: of the hidden layers.
+    """
+
+    num_outputs: int
+    hidden: Sequence[int] = (64, 64)
+    features: Callable[[chex.ArrayTree], chex.Array] = flatten
+    convolutions: Sequence[tuple[int, int, int]] = ()
+    shared: bool = False
+    num_free: int = 0
+    activation: Callable[[chex.Array], chex.Array] = nn.tanh
+
+    @nn.compact
+    def __call__(self, observation: chex.ArrayTree) -> tuple[chex.Array, chex.Array]:
+        """The outputs ``[B, P + num_free]`` and the values ``[B]`` of a batch of observations ``[B, ...]``."""
+        x = self.features(observation)
+        for_policy = self._hidden(x)  # [B, F]
+        for_value = for_policy if self.shared else self._hidden(x)  # [B, F]
+        outputs = nn.Dense(self.num_outputs, kernel_init=nn.initializers.orthogonal(0.01))(for_policy)  # [B, P]
+        if self.num_free:
+            free = self.param("free", nn.initializers.zeros, (self.num_free,))
+            outputs = jnp.concatenate([outputs, jnp.broadcast_to(free, (outputs.shape[0], self.num_free))], axis=-1)
+        return outputs, nn.Dense(1, kernel_init=nn.initializers.orthogonal(1.0))(for_value)[:, 0]
+
+    def _hidden(self, x: chex.Array) -> chex.Array:
+        for filters, size, stride in self.convolutions:
+            x = nn.relu(Conv(filters, size, stride, kernel_init=nn.initializers.orthogonal(SQRT2))(x))
+        x = x.reshape(x.shape[0], -1)
+        for width in self.hidden:
+            x = self.activation(nn.Dense(width, kernel_init=nn.initializers.orthogonal(SQRT2))(x))
+        return x
+
+
+class ActionValue(nn.Module):
+    """A multilayer perceptron with ReLU that values an action of numbers: observation and action side by side.
+
+    Attributes:
+      hidden: width of each hidden layer.
+      features: from a batch of observations to vectors ``[B, F]``.
+    """
+
+    hidden: Sequence[int] = (256, 256)
+    features: Callable[[chex.ArrayTree], chex.Array] = flatten
+
+    @nn.compact
+    def __call__(self, observation: chex.ArrayTree, action: chex.Array) -> chex.Array:
+        """The values ``[B]`` of observations ``[B, ...]`` and actions ``[B, D]``."""
+        x = jnp.concatenate([self.features(observation), action], axis=-1)  # [B, F + D]
+        for width in self.hidden:
+            x = nn.relu(nn.Dense(width)(x))
+        return nn.Dense(1)(x)[:, 0]
 
 
 class Network(NamedTuple):

@@ -31,7 +31,7 @@ class OnlineAgent:
     Args:
       agent: the pure functions.
       observation_space: of one environment.
-      action_space: of one environment, Discrete.
+      action_space: of one environment.
       num_envs: N; with 1 the scalar methods work, with any the ``batch_`` ones.
       seed: of all randomness of the agent.
       state: an AgentState to begin with instead of a fresh one, for example one seed of a compiled run; it is copied.
@@ -76,22 +76,22 @@ class OnlineAgent:
 
     # The deck's interface: one environment.
 
-    def act(self, observation: Any) -> int:
+    def act(self, observation: Any) -> Any:
         """The greedy action. Changes nothing.
 
         Args:
           observation: as the environment returns it.
 
         Returns:
-          The action, an int.
+          The action as the environment takes it: an int, or a NumPy array where the action space has a shape.
 
         Raises:
           ValueError: on a wrong shape, NaN or infinity, or a mask that allows nothing.
           TypeError: on a wrong dtype or structure.
         """
-        return int(self._stepper.exploit(self._observation(observation, True))[0])
+        return self._single(self._stepper.exploit(self._observation(observation, True)))
 
-    def act_and_train(self, observation: Any, reward: float) -> int:
+    def act_and_train(self, observation: Any, reward: float) -> Any:
         """Chooses the next action by exploring, and learns; call it once per environment step, before stepping.
 
         Args:
@@ -99,7 +99,7 @@ class OnlineAgent:
           reward: what the environment paid for the *previous* action; ignored on the first call of an episode.
 
         Returns:
-          The action, an int.
+          The action as the environment takes it: an int, or a NumPy array where the action space has a shape.
 
         Raises:
           ValueError: on a wrong shape, NaN or infinity, or a mask that allows nothing.
@@ -109,10 +109,10 @@ class OnlineAgent:
         self._require_single("act_and_train")
         checked = self._observation(observation, True)
         if self._stepper.pending is None:
-            return int(self._stepper.advance(checked)[0])
+            return self._single(self._stepper.advance(checked))
         outcome = outcome_array(self._checks["reward", True](reward))
         self._check_succession(checked, checked, np.zeros(1, np.bool_))
-        return int(self._stepper.advance(checked, outcome)[0])
+        return self._single(self._stepper.advance(checked, outcome))
 
     def stop_episode_and_train(self, observation: Any, reward: float, terminated: bool = True) -> None:
         """Closes the episode. What falls due on it is learnt by the next ``act_and_train``.
@@ -148,7 +148,7 @@ class OnlineAgent:
     # Several environments.
 
     def batch_act(self, observation: Any) -> np.ndarray:
-        """The greedy actions ``[N]``. Changes nothing. Arguments and errors as ``act``, with a leading axis N."""
+        """The greedy actions ``[N, ...]``. Changes nothing. Arguments and errors as ``act``, with a leading axis N."""
         return np.array(self._stepper.exploit(self._observation(observation, False)))
 
     def batch_act_and_train(
@@ -165,7 +165,7 @@ class OnlineAgent:
             environment ended.
 
         Returns:
-          The actions ``[N]``, int32.
+          The actions ``[N, ...]``, NumPy.
 
         Raises:
           ValueError: on a wrong shape, NaN or infinity, a mask that allows nothing, or missing successors.
@@ -199,7 +199,7 @@ class OnlineAgent:
 
         Returns:
           ``t`` (transitions stored), ``episodes`` (ended), ``n_updates``, ``replay_size`` (transitions held), and ``average_...`` of
-          each metric of the algorithm over the last 100 updates (``average_loss`` and ``average_q`` for DQN), NaN before the first.
+          each metric of the algorithm over the last 100 updates (``average_loss``, for DQN ``average_q``), NaN before the first.
         """
         stepper = self._stepper
         stepper.store()
@@ -268,6 +268,9 @@ class OnlineAgent:
         checked = self._checks["observation", single](observation)
         spaces.require_actions_allowed(checked)
         return checked
+
+    def _single(self, actions: np.ndarray) -> Any:
+        return np.array(actions[0]) if actions.ndim > 1 or actions.dtype.kind == "f" else int(actions[0])
 
     def _check_succession(self, successor: Any, following: Any, last: np.ndarray) -> None:
         if self._require_succession is not None and self._stepper.pending is not None:

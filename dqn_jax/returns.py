@@ -95,3 +95,40 @@ def huber(td_error: chex.Array) -> chex.Array:
     size = jnp.abs(td_error)
     inside = jnp.minimum(size, 1.0)
     return 0.5 * jnp.square(inside) + (size - inside)
+
+
+def gae(
+    reward: chex.Array, discount: chex.Array, last: chex.Array, value: chex.Array, next_value: chex.Array, lambda_: chex.Numeric
+) -> chex.Array:
+    r"""Generalised advantage estimation, over a stream that may hold many episodes.
+
+    .. math:: \delta_t = r_t + d_t v(o'_t) - v(o_t), \qquad A_t = \delta_t + d_t \lambda (1 - l_t) A_{t+1}
+
+    The sum is cut where an episode ended, for whatever reason, and at the end of the stream; the value of the true successor stands in
+    for what follows, unless the episode terminated there (:math:`d_t = 0`). Schulman et al., "High-dimensional continuous control using
+    generalized advantage estimation" (2016), equation 16.
+
+    Args:
+      reward: ``[T]``.
+      discount: ``[T]``, the discount factor times 0 where the episode terminated.
+      last: ``[T]`` bool, the episode ended here.
+      value: ``[T]`` of the observations.
+      next_value: ``[T]`` of the true successors.
+      lambda_: in [0, 1]: 0 is the TD error, 1 the discounted return less the value.
+
+    Returns:
+      The advantages ``[T]``; with ``value`` they add up to the lambda-returns.
+
+    Raises:
+      AssertionError: at trace time, if the five shapes differ or have not one axis.
+    """
+    chex.assert_rank([reward, discount, last, value, next_value], 1)
+    chex.assert_equal_shape([reward, discount, last, value, next_value])
+    td_error = reward + discount * next_value - value
+    carried = discount * lambda_ * (1.0 - last)
+
+    def back(following: chex.Array, row: tuple[chex.Array, chex.Array]) -> tuple[chex.Array, chex.Array]:
+        advantage = row[0] + row[1] * following
+        return advantage, advantage
+
+    return jax.lax.scan(back, jnp.zeros_like(td_error[0]), (td_error, carried), reverse=True)[1]

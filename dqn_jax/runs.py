@@ -17,10 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from dqn_jax import checkpoint, envs, footprint, seeds, spaces, training
-from dqn_jax.options import dqn_options, epsilon_schedule
-from dqn_jax.presets import DQN, dqn, read_spaces
+from dqn_jax.online import OnlineAgent
+from dqn_jax.presets.reading import read_spaces
+from dqn_jax.presets.table import ALGORITHMS
 from dqn_jax.types import Agent
 
+COUNTS = {"t", "episodes", "n_updates", "replay_size"}  # Statistics of an agent that are no column of a learning curve.
 CHUNKS = 100  # Points of the learning curve; progress is shown and an interrupt is heeded between them.
 
 
@@ -36,6 +38,7 @@ class Task(NamedTuple):
       num_envs: environments for each agent.
       eval_episodes: greedy episodes in an evaluation.
       options: of the algorithm's preset.
+      algo: the algorithm, by its name in ``presets.table``.
     """
 
     env: str
@@ -46,19 +49,21 @@ class Task(NamedTuple):
     num_envs: int
     eval_episodes: int
     options: dict[str, Any]
+    algo: str = "dqn"
 
 
 class HostRuns:
-    """One ``DQN`` for each seed, each with Gymnasium environments of its own, advanced in turn."""
+    """One agent for each seed, each with Gymnasium environments of its own, advanced in turn."""
 
     def __init__(self, task: Task):
         self.task = task
         self.steps = 0
         self._envs = [self._make() for _ in range(task.seeds)]
-        one = dqn(self._envs[0], **task.options)
+        preset = ALGORITHMS[task.algo]
+        one = preset.build(self._envs[0], **task.options)
         example = spaces.example(read_spaces(self._envs[0])[0], task.num_envs)
         footprint.require_room(jax.eval_shape(one.init, jax.random.key(0), example), task.seeds)
-        self._agents = [DQN(env, seed=task.seed + i, **task.options) for i, env in enumerate(self._envs)]
+        self._agents = [preset.online(env, seed=task.seed + i, **task.options) for i, env in enumerate(self._envs)]
         self._begin()
         self._eval_env = gymnasium.make(task.env, **task.env_args)
         self._rows = max(1, round(task.steps / CHUNKS / task.num_envs))
@@ -100,10 +105,8 @@ class HostRuns:
             ended = [episode for _ in range(rows) for episode in next(loop)]
             statistics = agent.get_statistics()
             returns, lengths = np.mean(ended, axis=0) if ended else (np.nan, np.nan)
-            means = {name.removeprefix("average_"): value for name, value in statistics.items() if name.startswith("average_")}
-            curve.append(
-                {"episodes": len(ended), "return": float(returns), "length": float(lengths), **means, "epsilon": statistics["epsilon"]}
-            )
+            means = {name.removeprefix("average_"): value for name, value in statistics.items() if name not in COUNTS}
+            curve.append({"episodes": len(ended), "return": float(returns), "length": float(lengths), **means})
         self.steps += rows * self.task.num_envs  # Last: if an environment raises, the chunk is not counted.
         return curve
 
@@ -136,8 +139,7 @@ class CompiledRuns:
     def __init__(self, task: Task):
         self.task = task
         self._env = envs.make(task.env, **task.env_args)
-        self.agent = dqn(self._env, **task.options)
-        self._epsilon = epsilon_schedule(dqn_options(**task.options))
+        self.agent = ALGORITHMS[task.algo].build(self._env, **task.options)
         self._training = training.train(self.agent, self._env, num_steps=task.steps, num_envs=task.num_envs, history_length=CHUNKS)
         self._where = seeds.sharding(task.seeds)
         self._keys, self._eval_keys = (
@@ -171,8 +173,8 @@ class CompiledRuns:
         """One chunk. Returns a row of the learning curve for each seed."""
         self._run, history = self._advance(self._run)
         columns = {name: np.asarray(values) for name, values in history.items() if name != "step"}
-        epsilon = float(self._epsilon(self.steps))
-        return [{**{name: float(values[i]) for name, values in columns.items()}, "epsilon": epsilon} for i in range(self.task.seeds)]
+        scheduled = ALGORITHMS[self.task.algo].scheduled(self.steps, self.task.options)
+        return [{**{name: float(values[i]) for name, values in columns.items()}, **scheduled} for i in range(self.task.seeds)]
 
     def evaluate(self) -> np.ndarray:
         """The mean return of greedy episodes, for each seed."""
@@ -206,6 +208,8 @@ def read_task(folder: Path) -> Task:
     if ":" in saved["env"]:  # gymnasium.make would import the module before the colon.
         raise ValueError(f"{path} names the environment {saved['env']!r}: a module to import is not taken from a file")
     saved["options"].setdefault("encoder", "flat")  # Runs from before there were others.
+    if saved.get("algo", "dqn") not in ALGORITHMS:
+        raise ValueError(f"{path} names the algorithm {saved['algo']!r}: this version knows {', '.join(ALGORITHMS)}")
     return Task(**saved)
 
 
@@ -225,22 +229,29 @@ def best_learner(folder: Path, seed: int, agent: Agent, observation_space: gymna
     return jax.tree.map(lambda leaf: leaf[seed], learners)
 
 
-def load_run(folder: str | os.PathLike, env: Any, *, seed: int = 0) -> DQN:
+def load_run(folder: str | os.PathLike, env: Any, *, seed: int = 0, num_envs: int | None = None) -> OnlineAgent:
     """An agent that has learnt what an agent of a ``dqn-jax train`` run had when it evaluated best; its replay is empty.
 
     Args:
       folder: of the run.
       env: an environment with the spaces of the run's, or the pair (observation_space, action_space); as for ``DQN``.
       seed: which of the run's agents: 0 is the first.
+      num_envs: environments that are to feed it; by default as many as in the run. To ``act`` in one, it need not be 1. A PPO agent that
+        scales rewards has learnt something about each of its environments and takes no other number.
+
+    Returns:
+      A ``DQN``, ``PPO`` or ``SAC``, as the run's.
 
     Raises:
       ValueError: if the run has no such seed; and as ``DQN``.
       FileNotFoundError, dqn_jax.CheckpointError: if there is no run or no sound checkpoint, or ``env`` has other spaces.
     """
     task = read_task(Path(folder))
-    fresh = DQN(env, **task.options)
+    num_envs = task.num_envs if num_envs is None else num_envs
+    online: Any = ALGORITHMS[task.algo].online
+    fresh = online(env, num_envs=num_envs, **task.options)
     learner = best_learner(Path(folder), seed, fresh.agent, fresh.observation_space)
-    return DQN.from_state(env, fresh.state._replace(learner=learner), **task.options)
+    return online.from_state(env, fresh.state._replace(learner=learner), num_envs=num_envs, **task.options)
 
 
 def play_greedily(choose: Any, env: gymnasium.Env, seed: int) -> float:
@@ -255,13 +266,13 @@ def play_greedily(choose: Any, env: gymnasium.Env, seed: int) -> float:
 
 
 def greedy_policy(agent: Agent, learner: Any, observation_space: gymnasium.Space) -> Any:
-    """A function from one observation to the greedy action, an int."""
+    """A function from one observation to the greedy action, NumPy."""
     check = spaces.observation_check(observation_space, None)
     exploit = jax.jit(agent.exploit)
-    return lambda observation: int(exploit(learner, check(observation))[0])
+    return lambda observation: np.asarray(exploit(learner, check(observation)))[0]
 
 
-def _play(agent: DQN, env: gymnasium.Env, seed: int) -> Iterator[list[tuple[float, int]]]:
+def _play(agent: Any, env: gymnasium.Env, seed: int) -> Iterator[list[tuple[float, int]]]:
     """Steps one environment for ever; yields the return and length of the episode that the step ended, if it did."""
     observation, _ = env.reset(seed=seed)
     reward, total, length = 0.0, 0.0, 0
@@ -278,7 +289,7 @@ def _play(agent: DQN, env: gymnasium.Env, seed: int) -> Iterator[list[tuple[floa
         total, length = 0.0, 0
 
 
-def _play_batch(agent: DQN, env: gymnasium.vector.VectorEnv, seed: int) -> Iterator[list[tuple[float, int]]]:
+def _play_batch(agent: Any, env: gymnasium.vector.VectorEnv, seed: int) -> Iterator[list[tuple[float, int]]]:
     """As ``_play``, for a vector environment."""
     observation, _ = env.reset(seed=seed)
     total, length = np.zeros(env.num_envs), np.zeros(env.num_envs, int)

@@ -16,7 +16,8 @@ import numpy as np
 from dqn_jax import checkpoint, footprint, seeds
 from dqn_jax.types import Agent, AgentState, Env, RunState, Transition
 
-CYCLES_PER_BLOCK = 64
+CYCLES_PER_BLOCK = 64  # Cycles whose randomness is drawn at once,
+DECISIONS_PER_BLOCK = 1 << 16  # unless their decisions, over all environments, would be more than this.
 
 
 class EnvSide(NamedTuple):
@@ -109,7 +110,8 @@ class Training(NamedTuple):
     Attributes:
       init: ``(key) -> RunState``, with the warm-up collected.
       resume: ``(key, agent_state) -> RunState``: fresh environments for an agent that exists. Called outside ``jit`` it raises
-        ValueError where the agent is still in its warm-up or was built for another number of environments; inside it cannot look.
+        ValueError where the agent is still in its warm-up, is in the middle of a rollout, or was built for another number of
+        environments; inside it cannot look.
       advance: ``(RunState) -> (RunState, history)``: up to the next point of the history, a dict of scalars.
       run: ``(key) -> Result``: ``init`` and then ``num_points`` times ``advance``.
       num_points: points of the history in a run.
@@ -151,7 +153,8 @@ def train(agent: Agent, env: Env, *, num_steps: int, num_envs: int = 1, history_
     cadence = agent.cadence(num_envs)
     cycles = max(1, math.ceil((math.ceil(num_steps / num_envs) - cadence.prefill) / cadence.rows))
     # What a block of cycles draws is drawn at once, ahead of them: a small draw inside the loop costs more than the network.
-    blocks_per_point = math.ceil(math.ceil(cycles / history_length) / CYCLES_PER_BLOCK)
+    most = max(1, min(CYCLES_PER_BLOCK, DECISIONS_PER_BLOCK // (cadence.rows * num_envs)))
+    blocks_per_point = math.ceil(math.ceil(cycles / history_length) / most)
     cycles_per_block = math.ceil(math.ceil(cycles / history_length) / blocks_per_point)
     num_points = math.ceil(cycles / (blocks_per_point * cycles_per_block))
 
@@ -227,6 +230,11 @@ def train(agent: Agent, env: Env, *, num_steps: int, num_envs: int = 1, history_
             raise ValueError(
                 f"the agent has stored {int(np.min(state.step))} transitions and learns from {cadence.prefill * num_envs} on: "
                 "let it collect more where it began, or start a new run with init"
+            )
+        if cadence.once and not isinstance(state.step, jax.core.Tracer) and np.any(half := state.step // num_envs % cadence.rows):
+            raise ValueError(
+                f"the agent has collected {int(np.max(half))} of the {cadence.rows} steps that it learns from together: let it go on to "
+                "their end where it began, or start a new run with init"
             )
         key_reset, key_env = jax.random.split(key)
         # The environments begin anew, so a window must not run on from the last stored row into theirs.

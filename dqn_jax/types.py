@@ -186,11 +186,13 @@ class Cadence(NamedTuple):
       prefill: rows collected before the first cycle.
       rows: rows of one cycle.
       updates: updates at the end of each cycle.
+      once: whether each row is learnt from in the cycle that collects it and in no other, so that a cycle cannot begin half done.
     """
 
     prefill: int
     rows: int
     updates: int
+    once: bool = False
 
 
 class Agent(NamedTuple):

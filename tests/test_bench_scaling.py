@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dqn_jax.bench import latency, scaling
-from dqn_jax.presets import dqn
+from dqn_jax.presets.dqn import dqn
 from dqn_jax.training import Result
 from dqn_jax.types import AgentState, RunState
 

@@ -300,7 +300,12 @@ REFUSED = [
     (["train", HOST, "--loss", "l1"], "huber"),
     (["train", HOST, "--epsilon", 1, 2, 3], "epsilon's end"),
     (["train", HOST, "--preset", "dek"], "deck"),
-    (["train", HOST, "--algo", "ppo"], "dqn"),
+    (["train", HOST, "--algo", "a2c"], "dqn"),
+    (["train", "Pendulum-v1"], "use an algorithm for continuous actions"),
+    (["train", HOST, "--algo", "ppo", "--preset", "pendulum"], "mujoco"),
+    (["train", HOST, "--algo", "ppo", "--replay-start-size", 10], "--replay-start-size"),
+    (["train", HOST, "--algo", "ppo", "--rollout-length", 100, "--batch-size", 64], "does not divide"),
+    (["train", HOST, "--algo", "ppo", "--steps", 500], "--rollout-length"),
     (["train", HOST, "--steps", 0], "steps"),
     (["train", HOST, "--steps", -5], "steps"),
     (["train", HOST, "--seeds", 0], "seeds"),
@@ -418,3 +423,31 @@ def test_steps_that_end_before_learning_starts_are_refused(dqn_jax_command):
 @pytest.mark.parametrize(("text", "value"), [("False", False), ("true", True), ("0.1", 0.1), ("word", "word")])
 def test_values_of_env_args(text, value):
     assert cli._parse_env_arg(f"name={text}") == ("name", value)
+
+
+# The other algorithms.
+
+ROLLOUTS = ["--algo", "ppo", "--batch-size", 50, "--epochs", 2, "--hidden", 8, "--eval-episodes", 2, "--steps", 600]
+OTHERS = {
+    "ppo, host": (["CartPole-v1", *ROLLOUTS, "--rollout-length", 100], dqn_jax.PPO, "explained_variance"),
+    "ppo, compiled": (["phys2d/Pendulum-v0", *ROLLOUTS, "--rollout-length", 25, "--num-envs", 4], dqn_jax.PPO, "explained_variance"),
+    "sac, host": (["Pendulum-v1", "--algo", "sac", "--hidden", 8, *TINY[:8], "--eval-episodes", 2], dqn_jax.SAC, "temperature"),
+}
+
+
+@pytest.mark.parametrize(("words", "kind", "metric"), OTHERS.values(), ids=OTHERS)
+def test_another_algorithm_trains_resumes_evaluates_and_is_loaded(words, kind, metric, dqn_jax_command, summary_of):
+    summary = summary_of("train", *words, "--name", "one")
+    assert summary["algo"] == words[2] and summary["updates"] > 0 and summary["complete"]
+    with open(Path(summary["run"]) / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert np.isfinite(float(rows[-1][metric])) and "epsilon" not in rows[-1]
+    again = summary_of("train", *words, "--name", "two")
+    assert again["state_sha256"] == summary["state_sha256"]
+    longer = summary_of("train", "--resume", summary["run"], "--steps", 800)
+    assert longer["steps"] == 800 and longer["updates"] > summary["updates"]
+    evaluated = summary_of("eval", summary["run"], "--episodes", 2)
+    assert len(evaluated["returns"]) == 2
+    env = gymnasium.make(words[0])
+    agent = dqn_jax.load_run(summary["run"], env)
+    assert type(agent) is kind and env.action_space.contains(agent.act(env.observation_space.sample()))

@@ -11,7 +11,7 @@ from dqn_jax import PRESETS, DQNOptions
 from dqn_jax.memory.frames import Frames
 from dqn_jax.memory.prioritized import Prioritized
 from dqn_jax.memory.ring import Ring
-from dqn_jax.presets import encoder_of
+from dqn_jax.presets.reading import encoder_of
 
 ACTIONS = spaces.Discrete(3)
 
@@ -42,7 +42,8 @@ def image(*shape, dtype=np.uint8):
     ids=str,
 )
 def test_the_network_goes_with_the_observations(space, options, expected):
-    assert encoder_of(DQNOptions(**options), space) == expected
+    o = DQNOptions(**options)
+    assert encoder_of(o.encoder, space, o.frames) == expected
     dqn_jax.dqn((space, ACTIONS), capacity=1_000, **options)  # It can be built.
 
 

@@ -138,3 +138,97 @@ def test_n_step_refuses_wrong_shapes(args):
 def test_td_errors_refuse_wrong_shapes(args):
     with pytest.raises(AssertionError):
         returns.double_q_learning(*args)
+
+
+# Generalised advantage estimation.
+
+
+def streams(length, seed, num=10):
+    """Streams of many episodes: reward, discount, last, value and next_value; an end has a successor of its own."""
+    random = np.random.default_rng(seed)
+    for _ in range(num):
+        last = random.random(length) < random.choice([0.0, 0.3, 0.9])
+        terminated = last & (random.random(length) < 0.5)
+        reward, value, final = random.normal(size=(3, length)).astype(np.float32)
+        next_value = np.where(last, final, np.append(value[1:], final[-1]))
+        yield reward, (0.9 * ~terminated).astype(np.float32), last, value, next_value
+
+
+def gae_oracle(reward, discount, last, value, next_value, lambda_):
+    """Each advantage by itself: the TD errors from there on, weighted by what was travelled, up to the end of the episode."""
+    advantages = []
+    for start in range(len(reward)):
+        total, weight = 0.0, 1.0
+        for t in range(start, len(reward)):
+            total += weight * (float(reward[t]) + float(discount[t]) * float(next_value[t]) - float(value[t]))
+            weight *= float(discount[t]) * float(lambda_)
+            if last[t]:
+                break
+        advantages.append(total)
+    return advantages
+
+
+@pytest.mark.parametrize("lambda_", [0.0, 0.5, 0.95, 1.0])
+@pytest.mark.parametrize("length", [1, 2, 17])
+@with_transforms
+def test_gae_equals_the_oracle(length, lambda_, transform):
+    estimate, ends = transform(returns.gae), set()
+    for stream in streams(length, seed=length):
+        got = estimate(*stream, np.float32(lambda_))
+        np.testing.assert_allclose(got, gae_oracle(*stream, lambda_), rtol=1e-5, atol=1e-5)
+        ends.update(zip(stream[2].tolist(), (stream[1] == 0).tolist(), strict=True))
+    assert ends >= {(False, False), (True, False), (True, True)} or length == 1
+
+
+def test_gae_by_hand():
+    reward, discount = jnp.array([1.0, 2.0, 4.0, 8.0]), jnp.array([0.5, 0.5, 0.0, 0.5])
+    last = jnp.array([False, True, True, False])  # truncated after two steps, terminated after one, going on
+    value, next_value = jnp.array([1.0, 2.0, 3.0, 4.0]), jnp.array([2.0, 10.0, 99.0, 6.0])
+    # TD errors: 1 + 1 - 1 = 1, 2 + 5 - 2 = 5, 4 - 3 = 1, 8 + 3 - 4 = 7.
+    np.testing.assert_array_equal(returns.gae(reward, discount, last, value, next_value, 0.5), [1 + 0.25 * 5, 5, 1, 7])
+    np.testing.assert_array_equal(returns.gae(reward, discount, last, value, next_value, 0.0), [1, 5, 1, 7])
+
+
+@pytest.mark.parametrize("discount_at_ends", [0.9, 0.0], ids=["truncated", "terminated"])
+def test_gae_does_not_leak_across_an_end(discount_at_ends):
+    last = jnp.array([False, False, True, True, False, True, False, False])
+    discount, zeros = jnp.where(last, discount_at_ends, 0.9), jnp.zeros(8)
+    jacobian = jax.jacobian(lambda reward: returns.gae(reward, discount, last, zeros, zeros, 0.8))(zeros)
+    episode = np.array([0, 0, 0, 1, 2, 2, 3, 3])
+    reached = np.triu(episode[:, None] == episode[None, :])  # what comes later in the same episode
+    steps = np.arange(8)[None, :] - np.arange(8)[:, None]
+    np.testing.assert_allclose(jacobian, np.where(reached, (0.9 * 0.8) ** np.abs(steps), 0.0), rtol=1e-5)
+
+
+def test_gae_with_lambda_one_is_the_discounted_return_less_the_value():
+    for stream in streams(17, seed=3):
+        reward, discount, last, value, next_value = stream
+        expected = []
+        for t in range(17):
+            total, travelled, walked = oracle.n_step(reward[t:], discount[t:], last[t:])
+            expected.append(total + travelled * next_value[t + walked - 1] - value[t])  # 0 travelled where it terminated
+        np.testing.assert_allclose(returns.gae(*stream, 1.0), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_gae_of_several_environments_is_gae_of_each():
+    many = [np.stack(columns, axis=1) for columns in zip(*streams(17, seed=4, num=3), strict=True)]  # [T, N]
+    got = jax.vmap(returns.gae, in_axes=(1, 1, 1, 1, 1, None), out_axes=1)(*many, 0.95)
+    assert got.shape == (17, 3)
+    for n in range(3):
+        np.testing.assert_allclose(got[:, n], returns.gae(*(leaf[:, n] for leaf in many), 0.95), rtol=1e-6)
+
+
+@pytest.mark.parametrize("wrong", [row[:2], one, matrix], ids=["shorter", "scalar", "matrix"])
+@pytest.mark.parametrize("place", range(5))
+def test_gae_refuses_wrong_shapes(place, wrong):
+    args = [row, row, row > 0, row, row]
+    returns.gae(*args, 0.9)
+    args[place] = wrong > 0 if place == 2 else wrong
+    with pytest.raises(AssertionError):
+        returns.gae(*args, 0.9)
+
+
+@pytest.mark.parametrize("everywhere", [one, matrix], ids=["scalar", "matrix"])
+def test_gae_refuses_more_or_fewer_axes_than_one(everywhere):
+    with pytest.raises(AssertionError):
+        returns.gae(*[everywhere] * 2, everywhere > 0, *[everywhere] * 2, 0.9)

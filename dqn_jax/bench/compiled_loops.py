@@ -12,7 +12,7 @@ from dqn_jax.algorithms.dqn import DQNState
 from dqn_jax.bench.host_loops import q_loss
 from dqn_jax.bench.settings import Setting, epsilon_at, options, require_plain_targets
 from dqn_jax.networks import QNetwork
-from dqn_jax.presets import dqn
+from dqn_jax.presets.dqn import dqn
 from dqn_jax.training import evaluate, train
 from dqn_jax.types import AgentState, Env
 

@@ -18,7 +18,7 @@ import optax
 
 from dqn_jax.bench.settings import Setting, epsilon_at, options, require_plain_targets
 from dqn_jax.networks import QNetwork
-from dqn_jax.presets import DQN
+from dqn_jax.presets.dqn import DQN
 
 
 class HostLoop(NamedTuple):

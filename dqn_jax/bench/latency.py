@@ -30,7 +30,7 @@ import tyro
 
 from dqn_jax import networks, spaces
 from dqn_jax.bench import report
-from dqn_jax.presets import DQN
+from dqn_jax.presets.dqn import DQN
 from dqn_jax.programs import compute_inline
 from dqn_jax.stepper import METRICS
 from dqn_jax.types import AgentState, Transition

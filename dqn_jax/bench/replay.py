@@ -26,7 +26,7 @@ from dqn_jax.bench import machine, report
 from dqn_jax.envs import make
 from dqn_jax.memory.prioritized import prioritized
 from dqn_jax.memory.ring import ring
-from dqn_jax.presets import dqn
+from dqn_jax.presets.dqn import dqn
 from dqn_jax.training import train
 from dqn_jax.types import Transition
 

@@ -41,8 +41,7 @@ from dqn_jax.bench import report
 from dqn_jax.bench.latency import AHEAD, SHAPES, Shape, network_of, observation_space, observations
 from dqn_jax.bench.settings import PLAIN, options
 from dqn_jax.envs import make, true_successors
-from dqn_jax.options import PRESETS
-from dqn_jax.presets import DQN, dqn
+from dqn_jax.presets.dqn import DQN, PRESETS, dqn
 from dqn_jax.programs import compute_inline, device_per_core
 from dqn_jax.seeds import num_in_one_memory, over_seeds
 from dqn_jax.training import Result, train

@@ -1,27 +1,158 @@
-"""Ready-made agents: what a newcomer and the command line use. Their options are in ``options.py``."""
+"""DQN, ready made: its options, named sets of them, the pure agent and the one that a loop calls."""
 
-from typing import Any
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, Literal
 
 import gymnasium
 import jax
-import numpy as np
 import optax
 
 from dqn_jax import networks, spaces
 from dqn_jax.agent import assemble
 from dqn_jax.algorithms.dqn import dqn as dqn_algorithm
-from dqn_jax.memory.frames import frames, require_succession
-from dqn_jax.memory.prioritized import prioritized
-from dqn_jax.memory.ring import ring
-from dqn_jax.memory.uniform import uniform
+from dqn_jax.memory.frames import require_succession
 from dqn_jax.online import OnlineAgent
 from dqn_jax.optimizers import join_small
-from dqn_jax.options import DQNOptions, dqn_options, epsilon_schedule, require_int, schedule
-from dqn_jax.types import Agent, AgentState, Env, Masked, Storage
+from dqn_jax.options import (
+    named,
+    require_functions,
+    require_int,
+    require_number,
+    require_replay,
+    require_schedule,
+    require_widths,
+    schedule,
+)
+from dqn_jax.presets.reading import encoder_of, read_env, read_spaces, require_mask
+from dqn_jax.presets.replay import STACK_AXIS, replay_of, storage_of
+from dqn_jax.types import Agent, AgentState
 
-NATURE_SIDE = 36  # Pixels: the smallest image that Nature's three convolutions leave something of.
-LONGEST_STACK = 16  # Frames: a longer axis, unless the image is that small, is a side of the image.
-STACK_AXIS = {"stack_first": 0, "stack_last": -1}  # Along which axis frames are stacked, by the option ``frames``.
+
+@dataclasses.dataclass(frozen=True)
+class DQNOptions:
+    """Options of ``dqn_jax.DQN`` and ``dqn_jax.dqn``: numbers and names. Intervals count transitions, of all environments together."""
+
+    gamma: float = 0.999
+    """Discount factor per environment step, in [0, 1]."""
+    learning_rate: float = 7e-4
+    """Step size of Adam; unused where an optimizer is given."""
+    encoder: Literal["auto", "flat", "nature", "minatar"] = "auto"
+    """What the network sees first: the observation as one vector, or the convolutions of Mnih et al. (2015) or of MinAtar. "auto" takes
+    convolutions for images (uint8 or bool with two or three axes), by their size; unused where a network is given."""
+    hidden: tuple[int, ...] | None = None
+    """Widths of the hidden layers; by default (64, 64), behind Nature's convolutions (512,), behind MinAtar's (128,)."""
+    loss: Literal["huber", "mse"] = "mse"
+    """Loss of the TD error."""
+    double: bool = True
+    """Double DQN: the online network chooses the bootstrap action, the target network values it."""
+    n_steps: int = 5
+    """Rows of an n-step return."""
+    batch_size: int = 128
+    """Transitions in a batch."""
+    capacity: int = 50_000
+    """Transitions that the replay keeps. Where frames are stored once: the frames, one for each step and a stack for each episode."""
+    frames: Literal["off", "single", "stack_first", "stack_last"] = "off"
+    """Store each frame of an image (uint8 or bool) once, where an observation is a single frame, or a stack of them along its first axis
+    (Gymnasium's FrameStackObservation) or its last. Channels that are no earlier frames are "single". "off" stores observations whole."""
+    prioritized: bool = False
+    """Draw transitions in proportion to their last TD error."""
+    alpha: float = 0.6
+    """How much priorities count: 0 is uniform, 1 in full; unused unless prioritized."""
+    beta: tuple[float, float, int] | float = (0.4, 1.0, 100_000)
+    """How far importance weights make up for prioritization: start, end and the transitions between (linear); or a constant; in Python
+    also an optax schedule. Unused unless prioritized."""
+    replay_start_size: int = 1_000
+    """Transitions stored before the first update."""
+    update_interval: int = 1
+    """Transitions between updates; it and num_envs must divide one another."""
+    updates_per_interval: int = 1
+    """Updates at each interval."""
+    target_update_interval: int | None = None
+    """Transitions between refreshes of the target network; by default 500 where tau is 1, else at every update."""
+    tau: float | None = None
+    """How far a refresh moves the target to the online parameters; by default 1 (a copy) with a target_update_interval, else 0.005."""
+    epsilon: tuple[float, float, int] | float = (1.0, 0.05, 10_000)
+    """Chance of a random action: start, end and the transitions between (linear); or a constant; in Python also an optax schedule."""
+    max_grad_norm: float | None = 10.0
+    """Bound on the gradient's global norm, or None; unused where an optimizer is given."""
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "deck": {
+        "hidden": (128, 128, 128),
+        "learning_rate": 3e-4,
+        "gamma": 0.97,
+        "n_steps": 3,
+        "batch_size": 16,
+        "replay_start_size": 16,
+        "update_interval": 8,
+        "updates_per_interval": 1,
+        "target_update_interval": 100,
+        "capacity": 2_000,
+        "epsilon": (0.5, 0.1, 50_000),
+        "tau": 1.0,
+        "loss": "mse",
+        "double": False,
+        "max_grad_norm": None,
+    },
+    "mountaincar": {
+        "hidden": (256, 256),
+        "learning_rate": 1e-3,
+        "gamma": 0.99,
+        "n_steps": 10,
+        "update_interval": 4,
+        "epsilon": (1.0, 0.05, 20_000),
+    },
+    "minatar": {
+        "learning_rate": 2.5e-4,
+        "gamma": 0.99,
+        "n_steps": 3,
+        "batch_size": 32,
+        "capacity": 100_000,
+        "frames": "single",
+        "replay_start_size": 5_000,
+        "update_interval": 4,
+        "target_update_interval": 1_000,
+        "epsilon": (1.0, 0.1, 100_000),
+        "loss": "huber",
+    },
+    "lunarlander": {
+        "hidden": (256, 256),
+        "learning_rate": 5e-4,
+        "gamma": 0.99,
+        "n_steps": 3,
+        "capacity": 100_000,
+        "update_interval": 2,
+        "epsilon": (1.0, 0.05, 15_000),
+    },
+}
+"""Named sets of options: ``DQN(env, **PRESETS["deck"])``. "deck" is the setting of the slide deck that this package starts from; the
+others are named after what they were chosen on."""
+
+
+def dqn_options(**options: Any) -> DQNOptions:
+    """The options, checked one by one and against one another. Raises TypeError or ValueError that names the option."""
+    o: DQNOptions = named(DQNOptions, "DQN", options, ("network", "optimizer", "num_envs"))
+    require_number("gamma", o.gamma, 0, 1)
+    require_number("learning_rate", o.learning_rate, 0, math.inf, open_low=True)
+    if o.tau is not None:
+        require_number("tau", o.tau, 0, 1, open_low=True)
+    if o.max_grad_norm is not None:
+        require_number("max_grad_norm", o.max_grad_norm, 0, math.inf, open_low=True)
+    if o.target_update_interval is not None:
+        require_int("target_update_interval", o.target_update_interval, 1)
+    require_widths(o.hidden)
+    require_replay(o)
+    require_schedule("epsilon", o.epsilon)
+    return o
+
+
+def epsilon_schedule(options: DQNOptions) -> Callable[[Any], Any]:
+    """The chance of a random action as a function of the transitions stored."""
+    return schedule(options.epsilon)
 
 
 def dqn(env_or_spaces: Any, *, network: Any = None, optimizer: optax.GradientTransformation | None = None, **options: Any) -> Agent:
@@ -47,16 +178,11 @@ def dqn(env_or_spaces: Any, *, network: Any = None, optimizer: optax.GradientTra
     """
     observation_space, action_space, _ = read_spaces(env_or_spaces)
     num_actions = spaces.num_actions(action_space, "DQN")
-    observation = spaces.example(observation_space, 1)  # Raises where a space is not supported.
-    if isinstance(observation, Masked) and observation.action_mask.shape[1:] != (num_actions,):
-        raise ValueError(
-            f"action_mask has shape {observation.action_mask.shape[1:]}, there are {num_actions} actions: give one entry for each"
-        )
+    require_mask(observation_space, num_actions)
     o = dqn_options(**options)
-    for name, given, functions in (("network", network, ("init", "apply")), ("optimizer", optimizer, ("init", "update"))):
-        if given is not None and not all(hasattr(given, function) for function in functions):
-            raise TypeError(f"{name} must have the functions {' and '.join(functions)}, got {given!r}")
-    storage = _storage(o, observation_space)
+    require_functions("network", network, ("init", "apply"))
+    require_functions("optimizer", optimizer, ("init", "update"))
+    storage = storage_of(o, observation_space)
     if network is None:
         network = _network(o, observation_space, num_actions)
     if optimizer is None:
@@ -76,10 +202,13 @@ def dqn(env_or_spaces: Any, *, network: Any = None, optimizer: optax.GradientTra
         target_update_interval=target_update_interval,
         tau=tau,
     )
-    beta = schedule(o.beta)
-    memory = prioritized(storage, o.batch_size, alpha=o.alpha, beta=beta) if o.prioritized else uniform(storage, o.batch_size)
     return assemble(
-        algorithm, memory, discount=o.gamma, warmup=o.replay_start_size, period=o.update_interval, updates=o.updates_per_interval
+        algorithm,
+        replay_of(o, storage),
+        discount=o.gamma,
+        warmup=o.replay_start_size,
+        period=o.update_interval,
+        updates=o.updates_per_interval,
     )
 
 
@@ -113,13 +242,7 @@ class DQN(OnlineAgent):
         optimizer: optax.GradientTransformation | None = None,
         **options: Any,
     ):
-        observation_space, action_space, envs_given = read_spaces(env_or_spaces)
-        if num_envs is not None and envs_given is not None and num_envs != envs_given:
-            raise ValueError(f"num_envs is {num_envs}, the vector environment has {envs_given}: leave num_envs out")
-        if num_envs is None:
-            num_envs = 1 if envs_given is None else envs_given
-        require_int("num_envs", num_envs, 1)
-        require_int("seed", seed, -(2**63))
+        observation_space, action_space, num_envs = read_env(env_or_spaces, num_envs, seed)
         agent = dqn((observation_space, action_space), network=network, optimizer=optimizer, **options)
         checked = dqn_options(**options)
         self._epsilon = epsilon_schedule(checked)
@@ -157,67 +280,8 @@ class DQN(OnlineAgent):
 
 def _network(options: DQNOptions, observation_space: gymnasium.Space, num_actions: int) -> networks.QNetwork | networks.ConvQNetwork:
     hidden = options.hidden
-    if hidden is not None and not hidden:
-        raise ValueError("hidden is empty: give at least one width, or a network")
-    encoder, channels_first = encoder_of(options, observation_space)
+    encoder, channels_first = encoder_of(options.encoder, observation_space, options.frames)
     if encoder == "flat":
         return networks.QNetwork(num_actions, tuple(hidden or (64, 64)), spaces.features(observation_space))
     convolutions, default = (networks.NATURE, (512,)) if encoder == "nature" else (networks.MINATAR, (128,))
     return networks.ConvQNetwork(num_actions, convolutions, tuple(hidden or default), spaces.image(observation_space, channels_first))
-
-
-def encoder_of(options: DQNOptions, observation_space: gymnasium.Space) -> tuple[str, bool]:
-    """What the network sees first, "auto" resolved; and whether an image's channels, or its stacked frames, are its first axis."""
-    space = observation_space
-    if isinstance(space, gymnasium.spaces.Dict) and spaces.is_masked(space):
-        space = space["observation"]
-    shape = space.shape or ()
-    # Channels are the shortest axis if they come first, unless the option says where the frames are.
-    guess = len(shape) == 3 and shape[0] < min(shape[1:])
-    channels_first = {"stack_first": True, "stack_last": False}.get(options.frames, guess)
-    if options.encoder != "auto":
-        return options.encoder, channels_first
-    if not spaces.is_image(space):
-        return "flat", channels_first
-    side = min(shape[1:] if len(shape) == 3 and channels_first else shape[:2])
-    return "nature" if side >= NATURE_SIDE else "minatar" if side >= 3 else "flat", channels_first
-
-
-def _storage(options: DQNOptions, observation_space: gymnasium.Space) -> Storage:
-    if options.frames == "off":
-        return ring(options.capacity, n_steps=options.n_steps)
-    axis = STACK_AXIS.get(options.frames)
-    shape = observation_space.shape or ()
-    if not shape or observation_space.dtype not in (np.uint8, np.bool_):
-        raise TypeError(f"frames={options.frames!r} stores images of uint8 or bool, the observation space is {observation_space}")
-    if axis is None:
-        return frames(options.capacity, n_steps=options.n_steps)
-    if shape[axis] > max(LONGEST_STACK, min(shape)):
-        raise ValueError(
-            f"frames={options.frames!r} takes axis {axis} of {shape}, {shape[axis]} long, for a stack of frames: "
-            "name the end where the stack is, or 'single' where an observation is one frame"
-        )
-    return frames(options.capacity, stack=shape[axis], stack_axis=axis, n_steps=options.n_steps)
-
-
-def read_spaces(env_or_spaces: Any) -> tuple[gymnasium.Space, gymnasium.Space, int | None]:
-    """The spaces of one environment, and the number of environments where a vector environment was given.
-
-    Raises:
-      TypeError: if it is neither an environment nor a pair of spaces.
-      ValueError: if it is a vector environment whose auto-reset is not SAME_STEP.
-    """
-    if isinstance(env_or_spaces, gymnasium.vector.VectorEnv):
-        mode = env_or_spaces.metadata.get("autoreset_mode")
-        if mode != gymnasium.vector.AutoresetMode.SAME_STEP:
-            raise ValueError(
-                f"this vector environment resets with {mode}; batch_act_and_train needs SAME_STEP: make it with "
-                "gymnasium.make_vec(id, num_envs, vectorization_mode='sync', "
-                "vector_kwargs={'autoreset_mode': gymnasium.vector.AutoresetMode.SAME_STEP})"
-            )
-        return env_or_spaces.single_observation_space, env_or_spaces.single_action_space, env_or_spaces.num_envs
-    if isinstance(env_or_spaces, gymnasium.Env | Env):
-        return env_or_spaces.observation_space, env_or_spaces.action_space, None
-    if isinstance(env_or_spaces, tuple) and len(env_or_spaces) == 2 and all(isinstance(s, gymnasium.Space) for s in env_or_spaces):
-        return *env_or_spaces, None
-    raise TypeError(f"expected an environment or the pair (observation_space, action_space), got {type(env_or_spaces).__name__}")

@@ -1,0 +1,247 @@
+r"""PPO: play a while, learn from that a few times over, throw it away.
+
+Advantages :math:`A` and value targets :math:`R = A + v` come from the whole rollout, by the values as they were; then each minibatch moves
+the parameters :math:`\theta` down the gradient of
+
+.. math:: -\min\big(\rho A, \mathrm{clip}(\rho, 1 \pm c) A\big) + \tfrac{1}{2} k_v (v_\theta - R)^2 - k_e H(\pi_\theta),
+   \qquad \rho = \pi_\theta(a | o) / \pi_{old}(a | o).
+
+Schulman, Wolski, Dhariwal, Radford and Klimov, "Proximal policy optimization algorithms" (2017), equations 7 and 9; the advantages of
+Schulman et al. (2016). The details that make it work are those of Engstrom et al., "Implementation matters in deep policy gradients"
+(2020), and Andrychowicz et al., "What matters for on-policy deep actor-critic methods?" (2021).
+
+Differs from the paper in:
+  1. Truncated episodes bootstrap from the true final observation; only terminated ones do not.
+  2. Advantages are normalised in each minibatch; the value target is made of what they were before.
+  3. The value may be clipped as the ratio is, the policy's movement may end the learning from a rollout early, observations may be
+     normalised and rewards scaled by what was seen so far: each an option.
+  4. The behaviour's log-probability is the one noted when the action was chosen: the first row of a rollout was chosen before the update
+     that precedes it.
+"""
+
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from dqn_jax import normalize, policies, returns
+from dqn_jax.distributions import Distribution
+from dqn_jax.normalize import Moments
+from dqn_jax.types import Algorithm, Batch, Decision, Feedback, Transition
+
+MAX_LOG_RATIO = 20.0  # Beyond it a ratio is as good as infinite, and its gradient not a number.
+
+
+class PPOState(NamedTuple):
+    """What PPO learns.
+
+    Attributes:
+      params: of policy and value.
+      opt_state: the optimizer's.
+      observations: moments of the observations, or () where they are not normalised.
+      returns: for scaling rewards, the moments of the discounted sums of rewards so far in each episode, or ().
+      running: these sums in the episodes that are going on, ``[N]``, each already discounted to the next row, or (). What is cut off
+        exactly between two rollouts goes on here: the row that is then marked has been learnt from.
+    """
+
+    params: Any
+    opt_state: Any
+    observations: Moments | tuple[()]
+    returns: Moments | tuple[()]
+    running: chex.Array | tuple[()]
+
+
+class Rollout(NamedTuple):
+    """What a minibatch is made of, ``[T N, ...]``, then ``[B, ...]``."""
+
+    observation: chex.ArrayTree
+    action: chex.Array
+    log_prob: chex.Array
+    advantage: chex.Array
+    value: chex.Array
+    value_target: chex.Array
+
+
+def ppo(
+    network: Any,
+    distribution: Distribution,
+    optimizer: optax.GradientTransformation,
+    *,
+    to_action: Any = None,
+    epochs: int = 4,
+    minibatch_size: int = 256,
+    clip: chex.Numeric = 0.2,
+    gae_lambda: chex.Numeric = 0.95,
+    value_coef: chex.Numeric = 0.5,
+    entropy_coef: chex.Numeric = 0.01,
+    value_clip: chex.Numeric | None = None,
+    target_kl: chex.Numeric | None = None,
+    normalize_observation: bool = False,
+    scale_reward: bool = False,
+) -> Algorithm:
+    """The PPO algorithm. It learns from whole rollouts: batches of ``[T, N, ...]``, oldest row first.
+
+    Args:
+      network: anything with ``init(key, observation)`` and ``apply(params, observation) -> (outputs [B, P], value [B])``; with ``Masked``
+        observations it sees the observation proper.
+      distribution: what the outputs mean.
+      optimizer: an optax transformation; put gradient clipping and a schedule of the learning rate in its chain. It is asked
+        ``epochs T N / minibatch_size`` times a rollout.
+      to_action: from what the distribution draws ``[D]`` to what the environment takes, for example a clip to its bounds; the ratio is
+        of what was drawn.
+      epochs: times that each row is learnt from.
+      minibatch_size: rows B in a minibatch; it must divide ``T N``.
+      clip: how far a ratio may leave 1 and still be rewarded for it.
+      gae_lambda: of the advantages, in [0, 1].
+      value_coef, entropy_coef: weights of the value's and the entropy's part of the loss.
+      value_clip: how far a value may leave what it was and still be rewarded for it, or None.
+      target_kl: an estimate of how far the policy has moved, in nats, at which the rest of the rollout is left alone, or None.
+      normalize_observation: whether floats among the observations are normalised by their moments, and clipped to 10 deviations. The
+        moments of a rollout are folded in after learning from it, and stay as they are while the agent acts.
+      scale_reward: whether rewards are divided by the deviation of their discounted sums, and clipped to 10, as in OpenAI's baselines.
+
+    Returns:
+      An ``Algorithm`` whose learner is a ``PPOState``.
+
+    Raises:
+      ValueError: if a count is below one; when tracing ``learn``, if the rollout does not divide into minibatches.
+    """
+    if epochs < 1 or minibatch_size < 1:
+        raise ValueError(f"epochs and minibatch_size must be at least 1, got {epochs} and {minibatch_size}")
+
+    def seen(learner: PPOState, observation: chex.ArrayTree) -> tuple[chex.ArrayTree, chex.Array | None]:
+        observation, mask = policies.split_mask(observation)
+        if isinstance(learner.observations, Moments):
+            observation = normalize.normalize(learner.observations, observation)
+        return observation, mask
+
+    def init(key: chex.PRNGKey, observation: chex.ArrayTree) -> PPOState:
+        observation = policies.split_mask(observation)[0]
+        params = network.init(key, observation)
+        num_envs = jax.tree.leaves(observation)[0].shape[0]
+        one = jax.tree.map(lambda leaf: leaf[0], observation)
+        return PPOState(
+            params,
+            optimizer.init(params),
+            normalize.moments(one) if normalize_observation else (),
+            normalize.moments(jnp.zeros(())) if scale_reward else (),
+            jnp.zeros(num_envs) if scale_reward else (),
+        )
+
+    def noise(learner: PPOState, key: chex.PRNGKey, num: int) -> chex.Array:
+        del learner
+        return distribution.noise(key, num)  # [N, ...]
+
+    def explore(learner: PPOState, observation: chex.ArrayTree, noise: chex.Array, step: chex.Array) -> Decision:
+        del step
+        observation, mask = seen(learner, observation)
+        outputs, _ = network.apply(learner.params, observation)  # [N, P]
+        drawn = _each(distribution.sample, outputs, mask, noise)  # [N, ...]
+        log_prob = _each(distribution.log_prob, outputs, mask, drawn)  # [N]
+        if to_action is None:
+            return Decision(drawn, {"log_prob": log_prob})
+        return Decision(jax.vmap(to_action)(drawn), {"log_prob": log_prob, "drawn": drawn})
+
+    def exploit(learner: PPOState, observation: chex.ArrayTree) -> chex.Array:
+        observation, mask = seen(learner, observation)
+        mode = _each(distribution.mode, network.apply(learner.params, observation)[0], mask)  # [N, ...]
+        return mode if to_action is None else jax.vmap(to_action)(mode)
+
+    def scaled(learner: PPOState, t: Transition) -> tuple[PPOState, chex.Array]:
+        """Rewards ``[T, N]`` over the deviation of their discounted sums, these ones included."""
+        if not isinstance(learner.returns, Moments):
+            return learner, t.reward
+
+        def forward(running: chex.Array, row: tuple[chex.Array, ...]) -> tuple[chex.Array, chex.Array]:
+            reward, discount, last = row
+            total = running + reward
+            return total * discount * (1.0 - last), total
+
+        running, totals = jax.lax.scan(forward, learner.running, (t.reward, t.discount, t.last))
+        moments = normalize.fold(learner.returns, totals, axes=(0, 1))
+        reward = jnp.clip(t.reward * jax.lax.rsqrt(moments.variance + normalize.EPSILON), -10.0, 10.0)
+        return learner._replace(returns=moments, running=running), reward
+
+    def value_of(learner: PPOState, observation: chex.ArrayTree, shape: tuple[int, ...]) -> chex.Array:
+        """Values ``[T, N]`` of observations ``[T, N, ...]``, a minibatch at a time: all of a rollout's images would not fit a cache."""
+        parts = jax.tree.map(lambda leaf: leaf.reshape(-1, minibatch_size, *leaf.shape[2:]), observation)
+        return jax.lax.map(lambda part: network.apply(learner.params, seen(learner, part)[0])[1], parts).reshape(shape)
+
+    def prepare(learner: PPOState, t: Transition, reward: chex.Array) -> Rollout:
+        value, next_value = (value_of(learner, seen, reward.shape) for seen in (t.observation, t.next_observation))  # [T, N]
+        over_envs = jax.vmap(returns.gae, in_axes=(1, 1, 1, 1, 1, None), out_axes=1)
+        advantage = over_envs(reward, t.discount, t.last, value, next_value, gae_lambda)  # [T, N]
+        action = t.action if to_action is None else t.extras["drawn"]
+        rows = Rollout(t.observation, action, t.extras["log_prob"], advantage, value, advantage + value)
+        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), rows)  # [T N, ...]
+
+    def minibatch_loss(params: Any, learner: PPOState, rows: Rollout) -> tuple[chex.Array, dict[str, chex.Array]]:
+        observation, mask = seen(learner, rows.observation)
+        outputs, value = network.apply(params, observation)  # [B, P], [B]
+        log_ratio = _each(distribution.log_prob, outputs, mask, rows.action) - rows.log_prob  # [B]
+        ratio = jnp.exp(jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO))
+        advantage = (rows.advantage - jnp.mean(rows.advantage)) / (jnp.std(rows.advantage) + normalize.EPSILON)
+        policy_loss = -jnp.mean(jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - clip, 1 + clip) * advantage))
+        value_error = returns.squared(value - rows.value_target)
+        if value_clip is not None:
+            near = rows.value + jnp.clip(value - rows.value, -value_clip, value_clip)
+            value_error = jnp.maximum(value_error, returns.squared(near - rows.value_target))
+        value_loss = 0.5 * jnp.mean(value_error)
+        entropy = jnp.mean(_each(distribution.entropy, outputs, mask))
+        loss = policy_loss + value_coef * value_loss - entropy_coef * entropy
+        return loss, {
+            "loss": loss,
+            "policy_loss": policy_loss,
+            "value_loss": value_loss,
+            "entropy": entropy,
+            # Schulman, "Approximating KL divergence" (2020): his third estimator, unbiased and never negative.
+            "kl": jnp.mean(ratio - 1 - log_ratio),
+            "clipped": jnp.mean(jnp.abs(ratio - 1) > clip),
+        }
+
+    def learn(learner: PPOState, batch: Batch, key: chex.PRNGKey, step: chex.Array) -> tuple[PPOState, Feedback]:
+        del step
+        t = batch.transition
+        chex.assert_rank([t.reward, t.discount, t.last], 2)  # [T, N]
+        num_rows = t.reward.size
+        if num_rows % minibatch_size:
+            raise ValueError(f"a rollout of {num_rows} transitions does not divide into minibatches of {minibatch_size}")
+        learner, reward = scaled(learner, t)
+        rollout = prepare(learner, t, reward)
+
+        def minibatch(carry: tuple[Any, ...], index: chex.Array) -> tuple[tuple[Any, ...], dict[str, chex.Array]]:
+            params, opt_state, going = carry
+            rows = jax.tree.map(lambda leaf: leaf[index], rollout)  # [B, ...]
+            grads, metrics = jax.grad(minibatch_loss, has_aux=True)(params, learner, rows)
+            if target_kl is None:
+                changes, opt_state = optimizer.update(grads, opt_state, params)
+                return (optax.apply_updates(params, changes), opt_state, going), metrics
+            going = going & (metrics["kl"] <= target_kl)
+            changes, moved = optimizer.update(grads, opt_state, params)
+            new = optax.apply_updates(params, changes), moved
+            kept = jax.tree.map(lambda new, old: jnp.where(going, new, old), new, (params, opt_state))
+            return (*kept, going), metrics
+
+        def epoch(carry: tuple[Any, ...], key: chex.PRNGKey) -> tuple[tuple[Any, ...], dict[str, chex.Array]]:
+            # One sort by random bits: jax.random.permutation sorts twice, to be right for far longer vectors.
+            order = jnp.argsort(jax.random.bits(key, (num_rows,), jnp.uint32))
+            return jax.lax.scan(minibatch, carry, order.reshape(-1, minibatch_size))
+
+        going = jnp.ones((), jnp.bool_)
+        carry = learner.params, learner.opt_state, going
+        (params, opt_state, _), metrics = jax.lax.scan(epoch, carry, jax.random.split(key, epochs))
+        if isinstance(learner.observations, Moments):
+            proper = policies.split_mask(t.observation)[0]
+            learner = learner._replace(observations=normalize.fold(learner.observations, proper, axes=(0, 1)))
+        explained = 1.0 - jnp.var(rollout.value_target - rollout.value) / (jnp.var(rollout.value_target) + normalize.EPSILON)
+        means = {**jax.tree.map(jnp.mean, metrics), "explained_variance": explained}
+        return learner._replace(params=params, opt_state=opt_state), Feedback((), means)
+
+    return Algorithm(init, noise, explore, exploit, learn)
+
+
+def _each(function: Any, outputs: chex.Array, mask: chex.Array | None, *others: chex.Array) -> chex.Array:
+    """A distribution's function over a batch ``[B, ...]``."""
+    return jax.vmap(function, in_axes=(0, None if mask is None else 0, *(0 for _ in others)))(outputs, mask, *others)

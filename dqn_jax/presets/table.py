@@ -1,0 +1,39 @@
+"""The ready-made agents by the names that the command line knows."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from dqn_jax.online import OnlineAgent
+from dqn_jax.presets.dqn import DQN, PRESETS, DQNOptions, dqn, dqn_options, epsilon_schedule
+from dqn_jax.presets.ppo import PPO, PPO_PRESETS, PPOOptions, ppo
+from dqn_jax.presets.sac import SAC, SAC_PRESETS, SACOptions, sac
+from dqn_jax.types import Agent
+
+
+class Preset(NamedTuple):
+    """One of them.
+
+    Attributes:
+      options: the dataclass of its options.
+      sets: named sets of options.
+      build: ``(env_or_spaces, **options) -> Agent``.
+      online: the agent that a loop calls.
+      scheduled: ``(steps, options) -> `` what follows a schedule, by name, at that step: for people to look at.
+    """
+
+    options: type
+    sets: dict[str, dict[str, Any]]
+    build: Callable[..., Agent]
+    online: type[OnlineAgent]
+    scheduled: Callable[[int, dict[str, Any]], dict[str, float]]
+
+
+def _epsilon(steps: int, options: dict[str, Any]) -> dict[str, float]:
+    return {"epsilon": float(epsilon_schedule(dqn_options(**options))(steps))}
+
+
+ALGORITHMS: dict[str, Preset] = {
+    "dqn": Preset(DQNOptions, PRESETS, dqn, DQN, _epsilon),
+    "ppo": Preset(PPOOptions, PPO_PRESETS, ppo, PPO, lambda steps, options: {}),
+    "sac": Preset(SACOptions, SAC_PRESETS, sac, SAC, lambda steps, options: {}),
+}
