@@ -49,6 +49,7 @@ def device_per_core() -> None:
       RuntimeError: if JAX has already begun to compute; nothing has changed then.
     """
     _require_not_begun("device_per_core")
+    os.environ.pop("PJRT_NPROC", None)  # A process in which ``compute_inline`` was called may have started this one.
     chosen: int = getattr(jax.config, "jax_num_cpu_devices")  # noqa: B009 (its type stubs do not know it)
     if chosen < 0 and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", usable_cores())

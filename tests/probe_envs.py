@@ -19,6 +19,9 @@ ACTIONS = spaces.Discrete(2)
 NO = jnp.zeros((), jnp.bool_)
 
 
+PUSHES = spaces.Box(-1, 3, (1,), np.float32)
+
+
 class Probe(NamedTuple):
     """An environment, the discount factor to learn it with, and the values that come out where everything is right."""
 
@@ -31,7 +34,14 @@ def _number(value: Any) -> jax.Array:
     return jnp.reshape(jnp.asarray(value, jnp.float32), (1,))
 
 
-def _one_step(reward: Any, random_start: bool) -> dqn_jax.Env:
+class Aim(NamedTuple):
+    """An environment whose actions are numbers, and the one that is best for each observation."""
+
+    env: dqn_jax.Env
+    best: dict[float, float]
+
+
+def _one_step(reward: Any, random_start: bool, actions: spaces.Space = ACTIONS) -> dqn_jax.Env:
     """Episodes of one step; ``reward(observation, action)`` is paid, and the successor looks like the start."""
 
     def reset(key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -41,7 +51,7 @@ def _one_step(reward: Any, random_start: bool) -> dqn_jax.Env:
     def transition(key: jax.Array, start: jax.Array, action: jax.Array) -> tuple[Any, ...]:
         return start, _number(start), reward(start, action), ~NO, NO
 
-    return with_auto_reset(reset, transition, OBSERVATIONS, ACTIONS, None)
+    return with_auto_reset(reset, transition, OBSERVATIONS, actions, None)
 
 
 def _chain(length: int) -> dqn_jax.Env:
@@ -104,3 +114,6 @@ N_STEP_PROBES = {
     "termination": PROBES["termination"],
     "truncation": PROBES["truncation"],
 }
+
+# The action moves along the slope of what it pays, and is scaled to its bounds; each number is some way off their middle.
+AIM = Aim(_one_step(lambda start, action: -jnp.square(action[0] - (1.5 + 0.5 * start)), True, PUSHES), {-1.0: 1.0, 1.0: 2.0})

@@ -8,9 +8,11 @@ import numpy as np
 import optax
 import pytest
 from gymnasium import spaces
+from linear_networks import action_value, linear, policy_and_value
 
 import dqn_jax
-from dqn_jax import DQN, CheckpointError, checkpoint
+from dqn_jax import DQN, PPO, SAC, CheckpointError, checkpoint
+from dqn_jax.algorithms.sac import Optimizers
 
 SPACES = (spaces.Box(-1e6, 1e6, (2,), np.float32), spaces.Discrete(3))
 SMALL = {
@@ -23,6 +25,21 @@ SMALL = {
     "n_steps": 3,
     "epsilon": (1.0, 0.1, 60),
     "optimizer": optax.adam(optax.linear_schedule(1e-3, 1e-4, 20)),
+}
+
+
+BOX = (SPACES[0], spaces.Box(-3, 1, (2,)))
+RATE = optax.adam(optax.linear_schedule(1e-2, 1e-3, 50))
+REPLAY = {name: SMALL[name] for name in ("batch_size", "capacity", "replay_start_size", "update_interval", "n_steps")}
+SOFT = {**REPLAY, "optimizers": Optimizers(RATE, RATE, RATE)}
+# An update falls due wherever it does for DQN.
+ROLLOUT = {"rollout_length": 4, "batch_size": 2, "epochs": 2, "optimizer": RATE}
+AGENTS = {
+    "DQN": lambda seed: DQN(SPACES, seed, **SMALL),
+    "PPO": lambda seed: PPO(SPACES, seed, network=policy_and_value(3), **ROLLOUT),
+    "PPO, box": lambda seed: PPO(BOX, seed, network=policy_and_value(4), normalize_observation=True, scale_reward=True, **ROLLOUT),
+    "SAC": lambda seed: SAC(SPACES, seed, actor=linear(3), critic=linear(3), prioritized=True, **SOFT),
+    "SAC, box": lambda seed: SAC(BOX, seed, actor=linear(4), critic=action_value(), **SOFT),
 }
 
 
@@ -45,7 +62,7 @@ def play(agent, first, last):
         if number < first:
             continue
         if kind == "act":
-            actions.append(agent.act_and_train(observation, reward))
+            actions.append(np.asarray(agent.act_and_train(observation, reward)).tolist())
         elif kind == "broken off":
             agent.stop_episode()
         else:
@@ -63,18 +80,25 @@ def looks(agent):
 END = 211
 
 
+@pytest.fixture(scope="module", params=AGENTS)
+def make(request):
+    """Makes an agent out of a seed."""
+    return AGENTS[request.param]
+
+
 @pytest.fixture(scope="module")
-def straight():
+def straight(make):
     """An agent that never stopped, what it looks like at the end, and what it did."""
-    agent = DQN(SPACES, 3, **SMALL)
+    agent = make(3)
     actions = play(agent, 0, END)
+    assert agent.get_statistics()["n_updates"] > 30
     return looks(agent), actions
 
 
 @pytest.fixture(scope="module")
-def two():
+def two(make):
     """The agent that is saved and the one, of another seed, that takes over; each is set back by loading a blank."""
-    return DQN(SPACES, 3, **SMALL), DQN(SPACES, 99, **SMALL)
+    return make(3), make(99)
 
 
 @pytest.fixture(scope="module")
@@ -130,8 +154,15 @@ def test_saving_again_and_again_changes_nothing(straight, two, blank, tmp_path):
     assert looks(agent) == straight[0]
 
 
-def test_a_vector_agent_goes_on_too(tmp_path):
-    options = {**SMALL, "capacity": 48}
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: DQN(SPACES, num_envs=4, **{**SMALL, "capacity": 48}),
+        lambda: PPO(SPACES, num_envs=4, network=policy_and_value(3), scale_reward=True, **ROLLOUT),
+    ],
+    ids=["DQN", "PPO"],
+)
+def test_a_vector_agent_goes_on_too(make, tmp_path):
     rng = np.random.default_rng(0)
     calls = [
         (
@@ -143,7 +174,7 @@ def test_a_vector_agent_goes_on_too(tmp_path):
         )
         for _ in range(41)
     ]
-    agent = DQN(SPACES, num_envs=4, **options)
+    agent = make()
     for call in calls[:23]:
         agent.batch_act_and_train(*call)
     agent.save(tmp_path / "agent")
@@ -157,11 +188,17 @@ def test_a_vector_agent_goes_on_too(tmp_path):
     assert expected[1]["t"] == "160"
 
 
-@pytest.fixture(scope="module")
-def compiled():
+COMPILED = {
+    "DQN": lambda env: dqn_jax.dqn(env, **{**SMALL, "capacity": 300}),
+    "PPO": lambda env: dqn_jax.ppo(env, network=policy_and_value(2), normalize_observation=True, scale_reward=True, **ROLLOUT),
+    "SAC": lambda env: dqn_jax.sac(env, actor=linear(2), critic=linear(2), prioritized=True, **{**SOFT, "capacity": 300}),
+}
+
+
+@pytest.fixture(scope="module", params=COMPILED)
+def compiled(request):
     env = dqn_jax.make("phys2d/CartPole-v1", polemass_length=0.05)
-    agent = dqn_jax.dqn(env, **{**SMALL, "capacity": 300})
-    training = dqn_jax.train(agent, env, num_envs=2, num_steps=1000, history_length=5)
+    training = dqn_jax.train(COMPILED[request.param](env), env, num_envs=2, num_steps=1000, history_length=5)
     return training, jax.jit(training.init), jax.jit(training.advance)
 
 

@@ -302,7 +302,7 @@ REFUSED = [
     (["train", HOST, "--preset", "dek"], "deck"),
     (["train", HOST, "--algo", "a2c"], "dqn"),
     (["train", "Pendulum-v1"], "use an algorithm for continuous actions"),
-    (["train", HOST, "--algo", "ppo", "--preset", "pendulum"], "mujoco"),
+    (["train", HOST, "--algo", "ppo", "--preset", "cartpole"], "mujoco"),
     (["train", HOST, "--algo", "ppo", "--replay-start-size", 10], "--replay-start-size"),
     (["train", HOST, "--algo", "ppo", "--rollout-length", 100, "--batch-size", 64], "does not divide"),
     (["train", HOST, "--algo", "ppo", "--steps", 500], "--rollout-length"),

@@ -1,34 +1,87 @@
 """The host driver and the compiled driver: the same stream gives the same numbers, and each takes up what the other left."""
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from gymnasium import spaces
+from linear_networks import linear, policy_and_value
 
 import dqn_jax
-from dqn_jax import DQN
+from dqn_jax import DQN, PPO, SAC
 from dqn_jax.memory.prioritized import Prioritized
 
-SMALL = {
-    "hidden": (8,),
-    "batch_size": 8,
-    "capacity": 1000,
-    "replay_start_size": 50,
-    "update_interval": 4,
-    "target_update_interval": 100,
-    "epsilon": (1.0, 0.1, 500),
+
+class Kind(NamedTuple):
+    """An algorithm as the cases need it.
+
+    Attributes:
+      build: ``(env, **options) -> Agent``.
+      online: the class of the host agent.
+      learnt: fields of the learner that learning must have moved.
+      options: small ones.
+      updates: more of them than these are made in a run.
+    """
+
+    build: Any
+    online: Any
+    learnt: tuple[str, ...]
+    options: dict[str, Any]
+    updates: int
+
+
+REPLAY = {"hidden": (8,), "batch_size": 8, "capacity": 1000, "replay_start_size": 50, "update_interval": 4}
+KINDS = {
+    "dqn": Kind(dqn_jax.dqn, DQN, ("params",), {**REPLAY, "target_update_interval": 100, "epsilon": (1.0, 0.1, 500)}, 300),
+    "ppo": Kind(
+        dqn_jax.ppo, PPO, ("params",), {"hidden": (8,), "rollout_length": 64, "batch_size": 32, "epochs": 2, "learning_rate": 1e-4}, 8
+    ),
+    "sac": Kind(dqn_jax.sac, SAC, ("actor", "critics", "log_temperature"), REPLAY, 300),
 }
+SMALL = KINDS["dqn"].options
 STEPS = {1: 2500, 4: 4000}
-# (environments, options): short episodes of both kinds, n-step windows, several updates a row, wrap-around of the replay.
+# (algorithm, environments, options): short episodes of both kinds, n-step windows, several updates a row, wrap-around of the replay.
 CASES = {
-    "one": (1, {}),
-    "four": (4, {}),
-    "one, n-step": (1, {"n_steps": 3, "update_interval": 1, "replay_start_size": 9, "double": False, "loss": "mse"}),
-    "four, several updates": (4, {"n_steps": 2, "update_interval": 2, "updates_per_interval": 2, "tau": 0.05}),
-    "one, prioritized": (1, {"prioritized": True, "n_steps": 3, "update_interval": 2, "beta": (0.4, 1.0, 2_000)}),
-    "four, prioritized frames": (4, {"prioritized": True, "frames": "stack_first", "n_steps": 2}),
+    "one": ("dqn", 1, {}),
+    "four": ("dqn", 4, {}),
+    "one, n-step": ("dqn", 1, {"n_steps": 3, "update_interval": 1, "replay_start_size": 9, "double": False, "loss": "mse"}),
+    "four, several updates": ("dqn", 4, {"n_steps": 2, "update_interval": 2, "updates_per_interval": 2, "tau": 0.05}),
+    "one, prioritized": ("dqn", 1, {"prioritized": True, "n_steps": 3, "update_interval": 2, "beta": (0.4, 1.0, 2_000)}),
+    "four, prioritized frames": ("dqn", 4, {"prioritized": True, "frames": "stack_first", "n_steps": 2}),
+    "PPO, one": ("ppo", 1, {"rollout_length": 256, "value_clip": 0.2}),
+    "PPO, four, pushed, everything": (
+        "ppo",
+        4,
+        {
+            "network": policy_and_value(2),
+            "normalize_observation": True,
+            "scale_reward": True,
+            "target_kl": 0.02,
+            "learning_rate": (1e-3, 0.0, 4_000),
+        },
+    ),
+    "SAC, one, pushed": ("sac", 1, {}),
+    "SAC, four, prioritized n-step": (
+        "sac",
+        4,
+        {
+            "actor": linear(2),
+            "critic": linear(2),
+            "learning_rate": 1e-2,
+            "target_entropy": 0.98,  # So that some episodes terminate, all along.
+            "prioritized": True,
+            "n_steps": 3,
+            "update_interval": 2,
+        },
+    ),
 }
+
+
+def world_of(name, env):
+    """The environment of a case."""
+    return pictured(env) if "frames" in name else pushed(env) if "pushed" in name else env
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +115,15 @@ def pictured(env):
         return (inner, observation), result._replace(observation=observation, next_observation=successor)
 
     return env._replace(reset=reset, step=step, observation_space=spaces.Box(0, 255, (2, 4), np.uint8))
+
+
+def pushed(env):
+    """The same with a push of any size between -3 and 1, of which only the sign counts."""
+
+    def step(key, state, action):
+        return env.step(key, state, (action[0] > 0).astype(jnp.int32))
+
+    return env._replace(step=step, action_space=spaces.Box(-3, 1, (1,)))
 
 
 def drive(agent, env, num_envs, key_reset, key_env, until):
@@ -111,23 +173,22 @@ def assert_same_state(host, compiled):
 @pytest.fixture(scope="module", params=CASES)
 def case(request, env):
     """A compiled run and a host agent that starts from the same state."""
-    num_envs, options = CASES[request.param]
-    options = {**SMALL, **options}
-    if "frames" in options:
-        env = pictured(env)
-    agent = dqn_jax.dqn(env, **options)
+    algorithm, num_envs, options = CASES[request.param]
+    kind, env = KINDS[algorithm], world_of(request.param, env)
+    options = {**kind.options, **options}
+    agent = kind.build(env, **options)
     training = dqn_jax.train(agent, env, num_envs=num_envs, num_steps=STEPS[num_envs], history_length=4)
     key = jax.random.key(11)
     result = jax.jit(training.run)(key)
     key_agent, key_reset, key_env = jax.random.split(key, 3)
     start = jax.jit(agent.init)(key_agent, dqn_jax.spaces.example(env.observation_space, num_envs))
-    host = DQN.from_state(env, start, num_envs=num_envs, **options)
+    host = kind.online.from_state(env, start, num_envs=num_envs, **options)
     actions = drive(host, env, num_envs, key_reset, key_env, training.num_steps)
-    return training, start, result, host, actions
+    return training, start, result, host, actions, kind
 
 
 def test_same_stream_same_numbers(case):
-    training, _, result, host, actions = case
+    training, _, result, host, actions, _ = case
     state = host.state
     assert int(state.step) == training.num_steps
     assert_same_state(state, result.state)
@@ -140,30 +201,38 @@ def test_same_stream_same_numbers(case):
 
 
 def test_parameters_are_equal_bit_for_bit(case):
-    _, _, result, host, _ = case
+    _, _, result, host, _, _ = case
     assert dqn_jax.digest(host.state) == dqn_jax.digest(result.state)
 
 
 def test_something_was_learnt(case):
-    _, start, result, _, _ = case
-    assert int(result.state.updates) > 300
-    for one, other in zip(jax.tree.leaves(start.learner.params), jax.tree.leaves(result.state.learner.params), strict=True):
-        assert not np.array_equal(one, other)
+    _, start, result, _, _, kind = case
+    assert int(result.state.updates) > kind.updates
+    for field in kind.learnt:
+        both = (jax.tree.leaves(getattr(state.learner, field)) for state in (start, result.state))
+        assert all(not np.array_equal(one, other) for one, other in zip(*both, strict=True)), field
 
 
-@pytest.fixture(scope="module")
-def seeds(env):
-    """Three seeds of a vmapped run."""
-    agent = dqn_jax.dqn(env, **SMALL)
-    training = dqn_jax.train(agent, env, num_steps=1200, history_length=3)
-    return training, jax.jit(jax.vmap(training.run))(jax.random.split(jax.random.key(5), 3))
+# What a run is resumed with.
+RESUMED = {"dqn": {}, "ppo": {"network": policy_and_value(2), "scale_reward": True}}
+
+
+@pytest.fixture(scope="module", params=["dqn"])
+def seeds(env, request):
+    """Three seeds of a vmapped run, and a function that makes a host agent out of a state."""
+    kind = KINDS[request.param]
+    options = {**kind.options, **RESUMED[request.param]}
+    training = dqn_jax.train(kind.build(env, **options), env, num_steps=1200, history_length=3)
+    result = jax.jit(jax.vmap(training.run))(jax.random.split(jax.random.key(5), 3))
+    return training, result, lambda state: kind.online.from_state(env, state, **options)
 
 
 @pytest.mark.parametrize("index", [0, 2])
+@pytest.mark.parametrize("seeds", RESUMED, indirect=True)
 def test_a_seed_of_a_compiled_run_goes_on_in_both_drivers(env, seeds, index):
-    training, result = seeds
+    training, result, host_of = seeds
     state = result.seed(index).state
-    host = DQN.from_state(env, state, **SMALL)
+    host = host_of(state)
     assert dqn_jax.digest(host.state) == dqn_jax.digest(state)
     key = jax.random.key(9)
     resumed = training.resume(key, host.state)
@@ -175,7 +244,7 @@ def test_a_seed_of_a_compiled_run_goes_on_in_both_drivers(env, seeds, index):
 
 
 def test_a_state_that_is_taken_over_is_copied(env, seeds):
-    _, result = seeds
+    _, result, _ = seeds
     state = result.seed(1).state
     before = dqn_jax.digest(state)
     host = DQN.from_state(env, state, **SMALL)
@@ -186,7 +255,7 @@ def test_a_state_that_is_taken_over_is_copied(env, seeds):
 
 
 def test_resume_cuts_the_stream(env, seeds):
-    training, result = seeds
+    training, result, _ = seeds
     state = result.seed(0).state
     resumed = training.resume(jax.random.key(1), state)
     newest = (int(state.memory.cursor) - 1) % 1000
@@ -195,13 +264,13 @@ def test_resume_cuts_the_stream(env, seeds):
 
 
 def test_resume_takes_keys_of_any_kind(seeds):
-    training, _ = seeds
+    training, _, _ = seeds
     state = jax.jit(training.init)(jax.random.key(0, impl="rbg")).agent
     assert str(training.resume(jax.random.key(1), state).agent.key.dtype) == "key<rbg>"
 
 
 def test_an_agent_in_warm_up_cannot_be_resumed(env, seeds):
-    training, _ = seeds
+    training, _, _ = seeds
     young = DQN(env, **SMALL)
     for _ in range(20):
         young.act_and_train(np.zeros(4, np.float32), 1.0)
@@ -210,7 +279,7 @@ def test_an_agent_in_warm_up_cannot_be_resumed(env, seeds):
 
 
 def test_an_agent_that_lived_on_the_host_goes_on_compiled(env, seeds):
-    training, _ = seeds
+    training, _, _ = seeds
     host = DQN(env, seed=3, **SMALL)
     rng = np.random.default_rng(0)
     for _ in range(201):

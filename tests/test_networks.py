@@ -103,3 +103,13 @@ def test_dqn_learns_with_a_network_that_computes_in_bfloat16(monkeypatch, networ
         moved[dtype] = jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(change)])
     exact, rounded = moved[None], moved[jnp.bfloat16]
     assert jnp.linalg.norm(rounded - exact) < 0.05 * jnp.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("shape", [(4, 64), (64, 64), (64, 2), (3, 3, 4, 16), (700, 100)])
+def test_orthogonal_weights(shape):
+    weights = jax.jit(lambda key: networks.orthogonal(2.0)(key, shape))(jax.random.key(0)).reshape(-1, shape[-1])
+    assert weights.dtype == jnp.float32
+    products = weights.T @ weights if len(weights) >= shape[-1] else weights @ weights.T
+    np.testing.assert_allclose(products, 4 * np.eye(len(products)), atol=1e-5)
+    others = networks.orthogonal(2.0)(jax.random.key(1), shape).reshape(-1, shape[-1])
+    assert np.abs(others - weights).max() > 0.01

@@ -124,17 +124,11 @@ def doubles(params):
     return {name: np.asarray(value, np.float64) for name, value in params.items()}
 
 
-def draw(random, kind, shape):
-    if kind == "multi":
-        return np.stack([random.integers(size, size=shape) for size in SIZES], axis=-1).astype(np.int32)
-    return random.integers(3, size=shape).astype(np.int32)
-
-
 def rollout(kind, seed=0, drift=0.15):
     """A rollout with both kinds of ends inside, chosen by a policy that the network's parameters have since drifted away from."""
     random = np.random.default_rng(seed)
     observation, successor = random.normal(size=(2, T, N, F)).astype(np.float32)
-    action = draw(random, kind, (T, N))
+    action = random.integers(SIZES if kind == "multi" else 3, size=(T, N, 2) if kind == "multi" else (T, N)).astype(np.int32)
     last, mask = random.random((T, N)) < 0.4, np.zeros((T, N, 3), bool)
     terminated = last & (random.random((T, N)) < 0.5)
     assert (last & ~terminated).any() and terminated.any()

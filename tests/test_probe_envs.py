@@ -1,12 +1,15 @@
 """Both drivers learn the values of environments that can fail for one reason only."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from probe_envs import N_STEP_PROBES, PROBES
+from linear_networks import action_value, linear, policy_and_value
+from probe_envs import AIM, N_STEP_PROBES, PROBES, PUSHES
 
 import dqn_jax
 from dqn_jax import DQN
+from dqn_jax.networks import Network
 
 OPTIONS = {
     "hidden": (16,),
@@ -97,3 +100,100 @@ def test_the_truncation_probe_tells_the_two_ends_apart(n_steps):
         agent.stop_episode_and_train(np.ones(1, np.float32), 1.0, terminated=True)
     values = np.asarray(options["network"].apply(agent.state.learner.params, np.ones((1, 1), np.float32)))
     assert (values < 9).all() and (values > 5).all()
+
+
+# PPO and SAC. Their networks see a constant beside the observation: every probe can then be learnt by linear ones.
+
+
+def affine(network):
+    def seen(observation):
+        return jnp.concatenate([observation, jnp.ones_like(observation)], axis=-1)
+
+    return Network(
+        lambda key, observation, *action: network.init(key, seen(observation), *action),
+        lambda params, observation, *action: network.apply(params, seen(observation), *action),
+    )
+
+
+def trained(build, env, steps, num_envs=4, **options):
+    """An agent, and the learner that a compiled run of it ends with."""
+    agent = build(env, **options)
+    training = dqn_jax.train(agent, env, num_envs=num_envs, num_steps=steps, history_length=1)
+    return agent, jax.jit(training.run)(jax.random.key(1)).state.learner
+
+
+def on_policy(env, num_outputs, gamma, learning_rate=0.05):
+    """PPO: the agent, its learner and its values as a function of observations."""
+    network = affine(policy_and_value(num_outputs))
+    options = {"network": network, "rollout_length": 32, "batch_size": 64, "epochs": 4, "learning_rate": learning_rate, "gamma": gamma}
+    agent, learner = trained(dqn_jax.ppo, env, 16_000, **options)
+    return agent, learner, lambda observations: np.asarray(network.apply(learner.params, observations)[1])
+
+
+def soft(env, actor, critic, gamma, **options):
+    """SAC whose temperature only falls, so that values are those of a greedy policy; as ``on_policy``, a value for each critic."""
+    critic = affine(critic)
+    few = {"capacity": 1_000, "replay_start_size": 32, "batch_size": 32, "update_interval": 4, "learning_rate": 2e-2, "tau": 0.05}
+    agent, learner = trained(dqn_jax.sac, env, 16_000, actor=affine(actor), critic=critic, gamma=gamma, **few, **options)
+
+    def values(*inputs):
+        return np.asarray(jax.vmap(lambda params: critic.apply(params, *inputs))(learner.critics))
+
+    return agent, learner, values
+
+
+@pytest.mark.parametrize("name", ["action for the observation", "discounting", "truncation"])
+def test_ppo(name):
+    probe = PROBES[name]
+    agent, learner, values = on_policy(probe.env, 2, probe.gamma)
+    observations, wanted = np.array(list(probe.values), np.float32)[:, None], np.array(list(probe.values.values()))
+    np.testing.assert_allclose(values(observations), wanted.max(axis=1), rtol=0.1, atol=0.1)
+    if name == "action for the observation":
+        np.testing.assert_array_equal(agent.exploit(learner, observations), wanted.argmax(axis=1))
+
+
+@pytest.mark.parametrize(
+    ("name", "n_steps"), [("action for the observation", 1), ("truncation", 1), ("discounting over windows and a tail", 3)]
+)
+def test_sac_of_numbered_actions(name, n_steps):
+    probe = {**PROBES, **N_STEP_PROBES}[name]
+    agent, learner, values = soft(probe.env, linear(2), linear(2), probe.gamma, n_steps=n_steps, target_entropy=0.0)
+    observations, wanted = np.array(list(probe.values), np.float32)[:, None], np.array(list(probe.values.values()))
+    greedy = np.asarray(agent.exploit(learner, observations))
+    np.testing.assert_array_equal(np.take_along_axis(wanted, greedy[:, None], axis=1)[:, 0], wanted.max(axis=1))
+    # What the policy has ceased to do keeps the value that it had.
+    for q in values(observations):
+        np.testing.assert_allclose(np.take_along_axis(q, greedy[:, None], axis=1)[:, 0], wanted.max(axis=1), rtol=0.1, atol=0.1)
+
+
+def test_truncation_with_actions_of_numbers():
+    probe = PROBES["truncation"]
+    env, one = probe.env._replace(action_space=PUSHES), np.ones((1, 1), np.float32)
+    _, _, values = on_policy(env, 2, probe.gamma)
+    np.testing.assert_allclose(values(one), 20, rtol=0.1)
+    agent, learner, values = soft(env, linear(2), action_value(), probe.gamma, target_entropy=-20.0)
+    np.testing.assert_allclose(values(one, (agent.exploit(learner, one) - 1) / 2), 20, rtol=0.1)
+
+
+def by_products(key, observation, action):
+    del key
+    return {"w": jnp.zeros(observation.shape[-1] * (action.shape[-1] + 1) + action.shape[-1])}
+
+
+def value_by_products(params, observation, action):
+    products = [observation, jnp.square(action), observation * action]
+    return jnp.concatenate(products, axis=-1) @ params["w"]
+
+
+# A value that is a parabola of the action; where its top is depends on the observation.
+PARABOLA = Network(by_products, value_by_products)
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "sac"])
+def test_a_number_for_the_observation(algorithm):
+    if algorithm == "ppo":
+        agent, learner, _ = on_policy(AIM.env, 2, 0.0, learning_rate=0.01)
+    else:
+        agent, learner, _ = soft(AIM.env, linear(2), PARABOLA, 0.0, target_entropy=-3.0)
+    observations = np.array(list(AIM.best), np.float32)[:, None]
+    np.testing.assert_allclose(agent.exploit(learner, observations)[:, 0], list(AIM.best.values()), atol=0.15)

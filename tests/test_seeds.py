@@ -43,7 +43,7 @@ print(json.dumps({
 def in_a_fresh_process(program, *words):
     beside = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])}
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run([sys.executable, "-c", program, *words], cwd=folder, env=beside, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", program, *words], cwd=folder, env=beside, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()[-1]
 
@@ -64,6 +64,25 @@ def test_seeds_lie_on_all_devices_that_divide_them_and_none_waits_for_another():
 def test_there_is_a_device_for_each_core():
     program = "import jax, dqn_jax; dqn_jax.device_per_core(); print(len(jax.devices()))"
     assert int(in_a_fresh_process(program)) == dqn_jax.programs.usable_cores()
+
+
+INITIALISE = """
+import os
+import jax
+import dqn_jax
+dqn_jax.device_per_core()
+env = dqn_jax.make("phys2d/Pendulum-v0")
+training = dqn_jax.train(dqn_jax.ppo(env, **dqn_jax.PPO_PRESETS["pendulum"]), env, num_steps=1, num_envs=8)
+keys = jax.random.split(jax.random.key(0), 2 * len(jax.devices()))
+jax.block_until_ready(jax.jit(dqn_jax.over_seeds(training.init))(keys))
+print(os.environ.get("PJRT_NPROC"))
+"""
+
+
+def test_nothing_waits_for_ever_for_a_thread(monkeypatch):
+    """LAPACK's QR did, in the initialisation of PPO's network, with as many devices as threads."""
+    monkeypatch.setenv("PJRT_NPROC", "1")  # As in a process that another has started after ``compute_inline``.
+    assert in_a_fresh_process(INITIALISE) == "None"
 
 
 @pytest.mark.parametrize(

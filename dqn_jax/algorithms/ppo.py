@@ -170,7 +170,7 @@ def ppo(
         return jax.lax.map(lambda part: network.apply(learner.params, seen(learner, part)[0])[1], parts).reshape(shape)
 
     def prepare(learner: PPOState, t: Transition, reward: chex.Array) -> Rollout:
-        value, next_value = (value_of(learner, seen, reward.shape) for seen in (t.observation, t.next_observation))  # [T, N]
+        value, next_value = (value_of(learner, each, reward.shape) for each in (t.observation, t.next_observation))  # [T, N]
         over_envs = jax.vmap(returns.gae, in_axes=(1, 1, 1, 1, 1, None), out_axes=1)
         advantage = over_envs(reward, t.discount, t.last, value, next_value, gae_lambda)  # [T, N]
         action = t.action if to_action is None else t.extras["drawn"]

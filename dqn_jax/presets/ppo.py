@@ -78,18 +78,19 @@ PPO_PRESETS: dict[str, dict[str, Any]] = {
         "normalize_observation": True,
         "scale_reward": True,
     },
-    # For 64 environments, after gymnax-blines: a network of vectors, as there.
+    # For 64 environments, after PureJaxRL: a network of vectors, as there; the learning rate falls over ten million transitions.
     "minatar": {
         "rollout_length": 128,
         "batch_size": 1024,
         "epochs": 4,
-        "learning_rate": 5e-4,
+        "learning_rate": (5e-3, 0.0, 10_000_000),
         "entropy_coef": 0.01,
-        "gamma": 0.999,
+        "value_clip": 0.2,
         "encoder": "flat",
-        "hidden": (256, 256),
         "activation": "relu",
     },
+    # For 8 environments.
+    "pendulum": {"gamma": 0.95, "learning_rate": 1e-3, "rollout_length": 200, "batch_size": 200, "scale_reward": True},
     # For 16 environments, after SB3's zoo.
     "lunarlander": {
         "rollout_length": 1024,
