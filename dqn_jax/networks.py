@@ -168,7 +168,7 @@ def orthogonal(scale: float) -> Callable[..., chex.Array]:
     """Orthonormal columns (rows, where there are more columns), times ``scale``: the initialisation that policy gradients are used to.
 
     By Gram and Schmidt, each column twice, which is enough for float32. LAPACK's QR, as in ``nn.initializers.orthogonal``, waits for
-    threads of the CPU backend and hangs where each core is a device (``dqn_jax.device_per_core``; seen with jax 0.10.2), and compiles longer.
+    threads of the CPU backend, hangs where each core is a device (``dqn_jax.device_per_core``; seen with jax 0.10.2), and compiles longer.
 
     Returns:
       An initialiser, ``(key, shape, dtype) -> array``; all axes but the last count as rows.
