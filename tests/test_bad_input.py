@@ -7,9 +7,10 @@ import numpy as np
 import optax
 import pytest
 from gymnasium import spaces
+from linear_networks import action_value, linear, policy_and_value
 
 import dqn_jax
-from dqn_jax import DQN, CheckpointError, Masked, footprint
+from dqn_jax import DQN, PPO, SAC, CheckpointError, Masked, footprint
 from dqn_jax.networks import Network
 
 PLAIN = (spaces.Box(-np.inf, np.inf, (3,), np.float32), spaces.Discrete(2))
@@ -552,3 +553,230 @@ def test_a_state_of_another_agent_is_refused(agents):
     stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), state)
     with pytest.raises(ValueError, match=r"pass one seed of it \(result.seed\(0\).state\)"):
         DQN.from_state(PLAIN, stacked, **SMALL)
+
+
+# PPO and SAC: what they do not share with DQN.
+
+ROLLOUT = {"network": policy_and_value(2), "optimizer": optax.sgd(1e-6), "rollout_length": 4, "batch_size": 4}
+REPLAY = {"actor": linear(2), "critic": linear(2), "batch_size": 4, "capacity": 32, "replay_start_size": 4}
+INTEGERS = spaces.Box(-1, 1, (2,), np.int32)
+TUPLE = spaces.Tuple((spaces.Discrete(2), FLOAT_BOX))
+OTHER_ACTIONS = [
+    ("SAC", spaces.Box(-np.inf, np.inf, (2,)), ValueError, "Box(-inf, inf, (2,), float32) is unbounded: give it bounds with"),
+    ("SAC", spaces.Box(np.float32([-1, -1]), np.float32([1, np.inf])), ValueError, "is unbounded"),
+    ("SAC", spaces.Box(np.float32([0, 1]), np.float32([1, 1])), ValueError, "needs a low bound below its high bound, got Box([0. 1.]"),
+    ("SAC", INTEGERS, ValueError, "SAC needs a Box of floats or a Discrete action space, got Box(-1, 1, (2,), int32)"),
+    ("SAC", spaces.MultiDiscrete([2, 2]), ValueError, "got MultiDiscrete([2 2]): PPO serves MultiDiscrete"),
+    ("SAC", spaces.MultiBinary(2), ValueError, "got MultiBinary(2)"),
+    ("SAC", TUPLE, ValueError, "got Tuple(Discrete(2), Box"),
+    ("SAC", spaces.Discrete(3, start=1), NotImplementedError, "actions must start at 0, got Discrete(3, start=1)"),
+    ("PPO", TUPLE, NotImplementedError, "PPO has no distribution for the action space Tuple(Discrete(2), Box"),
+    ("PPO", spaces.Dict({"a": FLOAT_BOX}), NotImplementedError, "PPO has no distribution for the action space Dict"),
+    ("PPO", INTEGERS, NotImplementedError, "it knows Discrete, MultiDiscrete and Box of floats"),
+    ("PPO", spaces.MultiBinary(2), NotImplementedError, "PPO has no distribution for the action space MultiBinary(2)"),
+    ("PPO", spaces.MultiDiscrete([2, 3], start=[1, 0]), NotImplementedError, "choices must stand in one row and start at 0"),
+    ("PPO", spaces.MultiDiscrete([[2, 3], [2, 3]]), NotImplementedError, "choices must stand in one row and start at 0"),
+    ("PPO", spaces.Discrete(3, start=1), NotImplementedError, "actions must start at 0, got Discrete(3, start=1)"),
+]
+
+
+@pytest.mark.parametrize(("algorithm", "actions", "kind", "message"), OTHER_ACTIONS)
+def test_actions_that_an_algorithm_does_not_serve(algorithm, actions, kind, message):
+    for build in {"SAC": (SAC, dqn_jax.sac), "PPO": (PPO, dqn_jax.ppo)}[algorithm]:
+        with pytest.raises(Exception) as caught:
+            build((PLAIN[0], actions))
+        check(caught, kind, message)
+
+
+@pytest.mark.parametrize("build", [PPO, dqn_jax.ppo, SAC, dqn_jax.sac])
+def test_a_mask_goes_with_numbered_actions_and_has_one_entry_for_each(build):
+    other = [FLOAT_BOX, *([spaces.MultiDiscrete([2, 2])] if build in (PPO, dqn_jax.ppo) else [])]
+    for actions in other:
+        with pytest.raises(ValueError, match=r"an action mask is for numbered actions \(Discrete\): take it out of Dict"):
+            build((MASKED[0], actions))
+    with pytest.raises(ValueError, match=r"action_mask has shape \(2,\), there are 3 actions"):
+        build((MASKED[0], spaces.Discrete(3)))
+
+
+def test_a_rollout_that_does_not_divide_is_refused_with_the_numbers_before_anything_is_played():
+    said = r"a rollout of 5 steps of 3 environment\(s\), 15 transitions, does not divide into minibatches of 4: choose"
+    with pytest.raises(ValueError, match=said):
+        PPO(PLAIN, num_envs=3, **{**ROLLOUT, "rollout_length": 5})
+    env = dqn_jax.make("phys2d/CartPole-v1")
+    agent = dqn_jax.ppo(env, **{**ROLLOUT, "rollout_length": 5})  # It will do for four.
+    with pytest.raises(ValueError, match=said):
+        dqn_jax.train(agent, env, num_envs=3, num_steps=100)
+    dqn_jax.train(agent, env, num_envs=4, num_steps=100)
+
+
+def test_a_sac_agent_too_needs_environments_that_fit_its_interval():
+    with pytest.raises(ValueError, match=r"every 4 transitions does not fit 3 environments.*nearest.* 2 and 4"):
+        SAC(PLAIN, num_envs=3, **{**REPLAY, "update_interval": 4})
+
+
+PPO_OPTIONS = [
+    ({"bath_size": 4}, TypeError, "PPO has no option 'bath_size': did you mean batch_size?"),
+    ({"rolout_length": 4}, TypeError, "did you mean rollout_length?"),
+    ({"clip_range": 0.2}, TypeError, "did you mean clip?"),
+    ({"ent_coef": 0.1}, TypeError, "did you mean entropy_coef?"),
+    ({"n_epochs": 3}, TypeError, "did you mean epochs?"),
+    ({"minibatch_size": 4}, TypeError, "did you mean batch_size?"),
+    ({"zzz": 1}, TypeError, "PPO has no option 'zzz': the options are activation, batch_size, clip, "),
+    ({"rollout_length": 0}, ValueError, "rollout_length must be at least 1, got 0"),
+    ({"rollout_length": 4.0}, TypeError, "rollout_length must be a whole number, got 4.0"),
+    ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
+    ({"batch_size": True}, TypeError, "batch_size must be a whole number, got True"),
+    ({"batch_size": 3}, ValueError, "4 transitions, does not divide into minibatches of 3"),
+    ({"epochs": 0}, ValueError, "epochs must be at least 1, got 0"),
+    ({"epochs": 2.5}, TypeError, "epochs must be a whole number, got 2.5"),
+    ({"gamma": 1.5}, ValueError, "gamma must be in [0, 1], got 1.5"),
+    ({"gae_lambda": 1.5}, ValueError, "gae_lambda must be in [0, 1], got 1.5"),
+    ({"gae_lambda": None}, TypeError, "gae_lambda must be a number, got None"),
+    ({"clip": 0}, ValueError, "clip must be in (0, inf], got 0"),
+    ({"clip": None}, TypeError, "clip must be a number, got None: a large one never clips"),
+    ({"clip": "x"}, TypeError, "clip must be a number, got 'x'"),
+    ({"value_clip": 0.0}, ValueError, "value_clip must be in (0, inf], got 0.0"),
+    ({"value_coef": -1}, ValueError, "value_coef must be in [0, inf], got -1"),
+    ({"entropy_coef": -0.1}, ValueError, "entropy_coef"),
+    ({"entropy_coef": NAN}, ValueError, "entropy_coef"),
+    ({"entropy_coef": "x"}, TypeError, "entropy_coef must be a number, got 'x'"),
+    ({"target_kl": -1}, ValueError, "target_kl must be in (0, inf], got -1"),
+    ({"max_grad_norm": 0}, ValueError, "max_grad_norm"),
+    ({"normalize_observation": "yes"}, TypeError, "normalize_observation must be True or False, got 'yes'"),
+    ({"scale_reward": None}, TypeError, "scale_reward must be True or False, got None"),
+    ({"shared": "yes"}, TypeError, "shared must be True, False or None, got 'yes'"),
+    ({"activation": "gelu"}, ValueError, "activation must be one of 'tanh', 'relu', got 'gelu'"),
+    ({"encoder": "resnet"}, ValueError, "encoder must be one of 'auto', 'flat', 'nature', 'minatar', got 'resnet'"),
+    ({"learning_rate": 0}, ValueError, "learning_rate must be in (0, inf], got 0"),
+    ({"learning_rate": "x"}, TypeError, "learning_rate must be a number, got 'x'"),
+    ({"learning_rate": (1e-3, 0.0)}, ValueError, "learning_rate must be (start, end, steps between), a number or a schedule"),
+    ({"learning_rate": (1e-3, -1.0, 10)}, ValueError, "learning_rate's end must be in [0, inf], got -1.0"),
+    ({"learning_rate": (1e-3, 0.0, 10.5)}, TypeError, "learning_rate's steps must be a whole number, got 10.5"),
+    ({"hidden": ()}, ValueError, "hidden is empty"),
+    ({"hidden": 64}, TypeError, "hidden must be a tuple of widths, got 64"),
+    ({"network": "mlp"}, TypeError, "network must have the functions init and apply, got 'mlp'"),
+    ({"optimizer": "adam"}, TypeError, "optimizer must have the functions init and update, got 'adam'"),
+    ({"num_envs": 0}, ValueError, "num_envs must be at least 1, got 0"),
+    ({"seed": 0.5}, TypeError, "seed must be a whole number, got 0.5"),
+]
+SAC_OPTIONS = [
+    ({"bath_size": 4}, TypeError, "SAC has no option 'bath_size': did you mean batch_size?"),
+    ({"buffer_size": 4}, TypeError, "did you mean capacity?"),
+    ({"learning_starts": 4}, TypeError, "did you mean replay_start_size?"),
+    ({"critic_lerning_rate": 1e-3}, TypeError, "did you mean critic_learning_rate?"),
+    ({"epsilon": 0.1}, TypeError, "SAC has no option 'epsilon': the options are actor, alpha, batch_size, "),
+    ({"frames": "single"}, TypeError, "SAC has no option 'frames'"),
+    ({"gamma": NAN}, ValueError, "gamma"),
+    ({"tau": 0}, ValueError, "tau must be in (0, 1], got 0"),
+    ({"learning_rate": (1e-3, 0.0, 10)}, TypeError, "learning_rate must be a number, got (0.001, 0.0, 10)"),
+    ({"critic_learning_rate": 0}, ValueError, "critic_learning_rate must be in (0, inf], got 0"),
+    ({"critic_learning_rate": "x"}, TypeError, "critic_learning_rate must be a number, got 'x'"),
+    ({"initial_temperature": 0}, ValueError, "initial_temperature must be in (0, inf], got 0"),
+    ({"initial_temperature": 11.0}, ValueError, "initial_temperature 11.0 exceeds max_temperature 10.0"),
+    ({"initial_temperature": None}, TypeError, "initial_temperature must be a number, got None"),
+    ({"max_temperature": "x"}, TypeError, "max_temperature must be a number, got 'x'"),
+    ({"reward_scale": 0}, ValueError, "reward_scale must be in (0, inf], got 0"),
+    ({"reward_scale": INF}, ValueError, "reward_scale"),
+    ({"target_entropy": 2.0}, ValueError, "target_entropy must be in [0, 1], got 2.0"),
+    ({"target_entropy": -1.0}, ValueError, "target_entropy must be in [0, 1], got -1.0"),
+    ({"target_entropy": NAN}, ValueError, "target_entropy"),
+    ({"target_entropy": "auto"}, TypeError, "target_entropy must be a number, got 'auto'"),
+    ({"max_grad_norm": 0}, ValueError, "max_grad_norm"),
+    ({"n_steps": 0}, ValueError, "n_steps must be at least 1, got 0"),
+    ({"n_steps": 33}, ValueError, "n_steps 33 exceeds capacity 32"),
+    ({"batch_size": 33}, ValueError, "batch_size 33 exceeds capacity 32"),
+    ({"replay_start_size": 3, "update_interval": 1}, ValueError, "batch_size 4 exceeds the 3 transitions stored when learning starts"),
+    ({"prioritized": "yes"}, TypeError, "prioritized must be True or False, got 'yes'"),
+    ({"prioritized": True, "beta": (0.4, 1.1, 10)}, ValueError, "beta's end must be in [0, 1], got 1.1"),
+    ({"encoder": "resnet"}, ValueError, "encoder must be one of"),
+    ({"hidden": (0,)}, ValueError, "hidden must be at least 1, got 0"),
+    ({"actor": "mlp"}, TypeError, "actor must have the functions init and apply, got 'mlp'"),
+    ({"critic": 3}, TypeError, "critic must have the functions init and apply, got 3"),
+    ({"optimizers": optax.adam(1e-3)}, TypeError, "optimizers.actor must have the functions init and update"),
+    ({"capacity": 10**11}, MemoryError, "bytes are needed"),
+    ({"num_envs": 64}, ValueError, "capacity 32 leaves 0 rows for each of 64 environments"),
+]
+
+
+@pytest.mark.parametrize(("options", "kind", "message"), PPO_OPTIONS)
+def test_bad_option_of_ppo(options, kind, message):
+    with pytest.raises(Exception) as caught:
+        PPO(PLAIN, **{**ROLLOUT, **options})
+    check(caught, kind, message)
+
+
+@pytest.mark.parametrize(("options", "kind", "message"), SAC_OPTIONS)
+def test_bad_option_of_sac(options, kind, message):
+    with pytest.raises(Exception) as caught:
+        SAC(PLAIN, **{**REPLAY, **options})
+    check(caught, kind, message)
+
+
+def test_images_and_actions_of_numbers_need_networks_of_ones_own():
+    pictures = spaces.Box(0, 255, (84, 84, 4), np.uint8), FLOAT_BOX
+    with pytest.raises(NotImplementedError, match="is an image: give encoder='flat', or an actor and a critic of your own"):
+        SAC(pictures, capacity=1_000)
+
+
+class Choices(gymnasium.Env):
+    """Two choices a step; episodes of three."""
+
+    observation_space, action_space = spaces.Box(-1, 1, (3,), np.float32), spaces.MultiDiscrete([4, 3])
+
+    def reset(self, *, seed=None, options=None):
+        self.time = 0
+        return np.zeros(3, np.float32), {}
+
+    def step(self, action):
+        self.time += 1
+        return np.full(3, self.time / 3, np.float32), float(action.sum()), self.time == 3, False, {}
+
+
+NUMBERS = {**REPLAY, "actor": linear(2), "critic": action_value()}
+WORLDS = {
+    "PPO, CartPole": (PPO, "CartPole-v1", ROLLOUT),
+    "PPO, Pendulum": (PPO, "Pendulum-v1", ROLLOUT),
+    "PPO, choices": (PPO, Choices, {**ROLLOUT, "network": policy_and_value(7)}),
+    "SAC, CartPole": (SAC, "CartPole-v1", REPLAY),
+    "SAC, Pendulum": (SAC, "Pendulum-v1", NUMBERS),
+}
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_actions_are_as_the_environment_takes_them(name):
+    kind, world, options = WORLDS[name]
+    env = gymnasium.make(world) if isinstance(world, str) else world()
+    agent = kind(env, **options)
+    reward, (observation, _) = 0.0, env.reset(seed=0)
+    for _ in range(12):
+        action, greedy = agent.act_and_train(observation, reward), agent.act(observation)
+        for given in (action, greedy):
+            assert env.action_space.contains(given), given
+            assert type(given) is (int if isinstance(env.action_space, spaces.Discrete) else np.ndarray)
+        observation, reward, terminated, truncated, _ = env.step(action)
+        if terminated or truncated:
+            agent.stop_episode_and_train(observation, reward, terminated)
+            observation, _ = env.reset()
+    assert agent.get_statistics()["n_updates"] >= 2
+    env.close()
+
+
+@pytest.mark.parametrize("name", ["PPO, CartPole", "PPO, Pendulum", "SAC, CartPole", "SAC, Pendulum"])
+def test_bad_observations_and_rewards_leave_these_agents_as_they_were(name):
+    kind, world, options = WORLDS[name]
+    both = PLAIN[0], gymnasium.make(world).action_space
+    agent = kind(both, **options)
+    for _ in range(6):
+        agent.act_and_train(ZEROS, 1.0)
+
+    def go_on():
+        agent.act_and_train(ZEROS, 1.0)
+
+    for call, error, message in (
+        (lambda: agent.act_and_train(np.array([0, NAN, 0], np.float32), 1.0), ValueError, "observation[1] is nan"),
+        (lambda: agent.act_and_train(np.zeros(4, np.float32), 1.0), ValueError, "observation has shape (4,)"),
+        (lambda: agent.act_and_train(ZEROS, INF), ValueError, "reward is inf"),
+        (lambda: agent.act(np.zeros(3, np.int64)), TypeError, "observation has dtype int64"),
+        (lambda: agent.stop_episode_and_train(ZEROS, 1.0, 1), TypeError, "terminated is 1"),
+    ):
+        check(unchanged_by(agent, call, go_on), error, message)

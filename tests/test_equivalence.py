@@ -278,6 +278,17 @@ def test_an_agent_in_warm_up_cannot_be_resumed(env, seeds):
         training.resume(jax.random.key(0), young.state)
 
 
+@pytest.mark.parametrize("seeds", ["ppo"], indirect=True)
+def test_a_rollout_half_done_cannot_be_resumed_with_other_environments(seeds):
+    # Its rows would be learnt from with those of the next one, and some of these once more.
+    training, result, host_of = seeds
+    host = host_of(result.seed(0).state)
+    for _ in range(4):
+        host.act_and_train(np.zeros(4, np.float32), 1.0)
+    with pytest.raises(ValueError, match="collected 3 of the 64 steps that it learns from together"):
+        training.resume(jax.random.key(0), host.state)
+
+
 def test_an_agent_that_lived_on_the_host_goes_on_compiled(env, seeds):
     training, _, _ = seeds
     host = DQN(env, seed=3, **SMALL)
