@@ -150,7 +150,7 @@ def _train_default(args: list[str]) -> Any:
         ("preset", sets, dataclasses.field(default="default")),
         ("options", options, dataclasses.field(default_factory=preset.options)),
     ]
-    kind: Any = dataclasses.make_dataclass("Train", fields, bases=(Train,), frozen=True)
+    kind: Any = dataclasses.make_dataclass("Train", fields, bases=(Train,), frozen=True, namespace={"__doc__": Train.__doc__})
     return kind(algo=algo, options=preset.options(**preset.sets[chosen]))
 
 
@@ -197,7 +197,8 @@ def _choose_threads(task: Task) -> None:
     process, so it may choose.
     """
     seeds = task.seeds if task.seeds > 1 and envs.is_jax_env(task.env) else 1
-    is_small = max(task.options["hidden"] or (64,)) * task.options["batch_size"] * seeds <= INLINE_SIZE
+    width = max(task.options["hidden"] or (256 if task.algo == "sac" else 64,))
+    is_small = width * task.options["batch_size"] * seeds <= INLINE_SIZE
     with contextlib.suppress(RuntimeError):  # Called from a program that uses JAX already: it keeps its setting.
         if num_devices(seeds, usable_cores()) > 1:
             device_per_core()

@@ -140,7 +140,7 @@ class Log:
         """Writes the rows and the state. The rows come first: those beyond the state's steps are dropped on resume."""
         partial = self.folder / "metrics.csv.partial"
         with open(partial, "w", newline="") as file:
-            writer = csv.DictWriter(file, list(self.rows[0]))
+            writer = csv.DictWriter(file, list(self.rows[0]) if self.rows else ["steps"])  # None where the first evaluation failed.
             writer.writeheader()
             writer.writerows(self.rows)
         os.replace(partial, self.folder / "metrics.csv")
@@ -275,9 +275,9 @@ def _require_counts(task: Task) -> None:
             f"--steps {task.steps} end before learning starts: ask for more than --replay-start-size {task.options['replay_start_size']}, "
             "or lower that"
         )
-    if task.steps < task.options.get("rollout_length", 0) * task.num_envs:
+    if "rollout_length" in task.options and task.steps <= task.options["rollout_length"] * task.num_envs:
         raise ValueError(
-            f"--steps {task.steps} end before learning starts: ask for at least --rollout-length {task.options['rollout_length']} times "
+            f"--steps {task.steps} end before learning starts: ask for more than --rollout-length {task.options['rollout_length']} times "
             f"--num-envs {task.num_envs}, or lower these"
         )
 

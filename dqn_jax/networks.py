@@ -181,7 +181,8 @@ def orthogonal(scale: float) -> Callable[..., chex.Array]:
         def add_column(j: chex.Array, done: chex.Array) -> chex.Array:
             column = random[:, j]
             for _ in range(2):
-                column = column - done @ (done.T @ column)
+                coordinates = jnp.matmul(done.T, column, precision="highest")
+                column = column - jnp.matmul(done, coordinates, precision="highest")
             return done.at[:, j].set(column / jnp.linalg.norm(column))
 
         done = jax.lax.fori_loop(0, random.shape[1], add_column, jnp.zeros_like(random))

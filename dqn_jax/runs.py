@@ -236,8 +236,8 @@ def load_run(folder: str | os.PathLike, env: Any, *, seed: int = 0, num_envs: in
       folder: of the run.
       env: an environment with the spaces of the run's, or the pair (observation_space, action_space); as for ``DQN``.
       seed: which of the run's agents: 0 is the first.
-      num_envs: environments that are to feed it; by default as many as in the run. To ``act`` in one, it need not be 1. A PPO agent that
-        scales rewards has learnt something about each of its environments and takes no other number.
+      num_envs: environments that are to feed it; by default those of ``env``. A PPO agent that scales rewards has learnt something about
+        each of its environments, so it needs as many as in the run.
 
     Returns:
       A ``DQN``, ``PPO`` or ``SAC``, as the run's.
@@ -247,7 +247,6 @@ def load_run(folder: str | os.PathLike, env: Any, *, seed: int = 0, num_envs: in
       FileNotFoundError, dqn_jax.CheckpointError: if there is no run or no sound checkpoint, or ``env`` has other spaces.
     """
     task = read_task(Path(folder))
-    num_envs = task.num_envs if num_envs is None else num_envs
     online: Any = ALGORITHMS[task.algo].online
     fresh = online(env, num_envs=num_envs, **task.options)
     learner = best_learner(Path(folder), seed, fresh.agent, fresh.observation_space)
@@ -269,7 +268,7 @@ def greedy_policy(agent: Agent, learner: Any, observation_space: gymnasium.Space
     """A function from one observation to the greedy action, NumPy."""
     check = spaces.observation_check(observation_space, None)
     exploit = jax.jit(agent.exploit)
-    return lambda observation: np.asarray(exploit(learner, check(observation)))[0]
+    return lambda observation: np.array(exploit(learner, check(observation))[0])
 
 
 def _play(agent: Any, env: gymnasium.Env, seed: int) -> Iterator[list[tuple[float, int]]]:

@@ -195,7 +195,8 @@ class Stepper:
         self.recent.clear()
         self.drop()
         self._key, self._decisions, self.episodes = state.key, decisions, 0
-        self._base = updates - self._due(step)
+        # Rows that are to be learnt from once are owed an update whoever has collected them.
+        self._base = 0 if self._cadence.once else updates - self._due(step)
         self._cell[:] = [learner, None, memory, updates, step, self._unstaged.emptied()]
 
     def snapshot(self, state: AgentState) -> RunState:
@@ -222,7 +223,7 @@ class Stepper:
         self.pending = (observation, jax.tree.leaves(decision)) if saved["pending"] else None
         self._uncut = bool(saved["uncut"])
         self.episodes = int(saved["episodes"])
-        self._base += int(saved["owed"])
+        self._base = self._cell[UPDATES] - self._due(self.step) + int(saved["owed"])
         self.recent.extend({name: values[i] for name, values in saved["metrics"].items()} for i in range(int(saved["recent"])))
 
     def compile(self) -> None:

@@ -231,11 +231,13 @@ def train(agent: Agent, env: Env, *, num_steps: int, num_envs: int = 1, history_
                 f"the agent has stored {int(np.min(state.step))} transitions and learns from {cadence.prefill * num_envs} on: "
                 "let it collect more where it began, or start a new run with init"
             )
-        if cadence.once and not isinstance(state.step, jax.core.Tracer) and np.any(half := state.step // num_envs % cadence.rows):
-            raise ValueError(
-                f"the agent has collected {int(np.max(half))} of the {cadence.rows} steps that it learns from together: let it go on to "
-                "their end where it began, or start a new run with init"
-            )
+        if cadence.once and not isinstance(state.step, jax.core.Tracer):
+            fresh = state.step // num_envs - state.updates // cadence.updates * cadence.rows
+            if np.any(fresh):
+                raise ValueError(
+                    f"the agent has collected {int(np.max(fresh))} steps that it has not learnt from, of the {cadence.rows} that it learns "
+                    "from together: let it go on to its next update where it began, or start a new run with init"
+                )
         key_reset, key_env = jax.random.split(key)
         # The environments begin anew, so a window must not run on from the last stored row into theirs.
         return begin(agent.cut(state, jnp.ones(num_envs, jnp.bool_)), key_env, *reset(key_reset))

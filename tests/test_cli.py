@@ -449,5 +449,5 @@ def test_another_algorithm_trains_resumes_evaluates_and_is_loaded(words, kind, m
     evaluated = summary_of("eval", summary["run"], "--episodes", 2)
     assert len(evaluated["returns"]) == 2
     env = gymnasium.make(words[0])
-    agent = dqn_jax.load_run(summary["run"], env)
+    agent = dqn_jax.load_run(summary["run"], env, num_envs=4 if "--num-envs" in words else None)
     assert type(agent) is kind and env.action_space.contains(agent.act(env.observation_space.sample()))

@@ -79,7 +79,7 @@ def test_each_rollout_is_fresh():
     memory, _, _, _ = start(6, 2)
     assert memory.demand == 6
     algorithm = dqn_jax.Algorithm(None, None, None, None, None)
-    assert dqn_jax.assemble(algorithm, memory, discount=0.9, warmup=100, period=7).cadence(2) == dqn_jax.Cadence(0, 6, 1)
+    assert dqn_jax.assemble(algorithm, memory, discount=0.9, warmup=100, period=7).cadence(2) == dqn_jax.Cadence(0, 6, 1, once=True)
 
 
 @pytest.mark.parametrize("num_rows", [1, 3, 4, 5])
@@ -299,7 +299,7 @@ def test_a_half_done_rollout_is_not_taken_into_a_compiled_loop():
     observation = np.zeros(4, np.float32)
     for _ in range(7):  # The seventh step is pending: six are stored, two of them not learnt from.
         agent.act_and_train(observation, 0.0)
-    with pytest.raises(ValueError, match="2 of the 4 steps"):
+    with pytest.raises(ValueError, match="collected 2 steps that it has not learnt from, of the 4"):
         training.resume(jax.random.key(0), agent.state)
     for _ in range(2):
         agent.act_and_train(observation, 0.0)

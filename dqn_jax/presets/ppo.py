@@ -110,8 +110,8 @@ def ppo_options(**options: Any) -> PPOOptions:
     require_number("gamma", o.gamma, 0, 1)
     require_number("gae_lambda", o.gae_lambda, 0, 1)
     require_rate("learning_rate", o.learning_rate)
-    for name in ("rollout_length", "batch_size", "epochs"):
-        require_int(name, getattr(o, name), 1)
+    for name, low in {"rollout_length": 1, "batch_size": 2, "epochs": 1}.items():  # Advantages are normalised within a minibatch.
+        require_int(name, getattr(o, name), low)
     for name in ("value_coef", "entropy_coef"):
         require_number(name, getattr(o, name), 0, math.inf)
     for name in ("clip", "value_clip", "target_kl", "max_grad_norm"):
@@ -159,7 +159,7 @@ def ppo(env_or_spaces: Any, *, network: Any = None, optimizer: optax.GradientTra
     if optimizer is None:
         clip = optax.identity() if o.max_grad_norm is None else optax.clip_by_global_norm(o.max_grad_norm)
         rate = schedule(o.learning_rate)
-        optimizer = join_small(optax.chain(clip, optax.adam(lambda count: rate(count * o.batch_size / o.epochs), eps=1e-5)))
+        optimizer = join_small(optax.chain(clip, optax.adam(lambda count: rate(count * (o.batch_size / o.epochs)), eps=1e-5)))
     algorithm = ppo_algorithm(
         network,
         distribution,
@@ -204,8 +204,9 @@ def distribution_of(action_space: gymnasium.Space) -> tuple[Distribution, Callab
 def _into(box: gymnasium.spaces.Box) -> Callable[[chex.Array], chex.Array]:
     """From draws ``[D]`` to actions: [-1, 1] becomes the range of what has two bounds, and nothing leaves the bounds."""
     both = np.isfinite(box.low) & np.isfinite(box.high)
-    scale = np.where(both, (box.high - box.low) / 2, 1.0).astype(np.float32)
-    middle = np.where(both, (box.high + box.low) / 2, 0.0).astype(np.float32)
+    finite_low, finite_high = (np.where(both, bound, 0.0).astype(np.float64) for bound in (box.low, box.high))
+    scale = np.where(both, (finite_high - finite_low) / 2, 1.0).astype(np.float32)
+    middle = ((finite_high + finite_low) / 2).astype(np.float32)
     low, high = (jnp.asarray(bound, jnp.float32) for bound in (box.low, box.high))
     return lambda drawn: jnp.clip(middle + scale * drawn.reshape(box.shape), low, high)
 

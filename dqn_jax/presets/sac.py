@@ -122,6 +122,8 @@ def sac(env_or_spaces: Any, *, actor: Any = None, critic: Any = None, optimizers
     o = sac_options(**options)
     if isinstance(action_space, gymnasium.spaces.Discrete) and o.target_entropy is not None:
         require_number("target_entropy", o.target_entropy, 0, 1)  # A share, not nats.
+    elif o.target_entropy is not None:
+        require_number("target_entropy", o.target_entropy, -math.inf, math.inf)
     require_functions("actor", actor, ("init", "apply"))
     require_functions("critic", critic, ("init", "apply"))
     for name, optimizer in zip(Optimizers._fields, optimizers or (), strict=False):
