@@ -15,7 +15,9 @@ Differs from the paper in:
   2. Advantages are normalised in each minibatch; the value target is made of what they were before.
   3. The value may be clipped as the ratio is, the policy's movement may end the learning from a rollout early, observations may be
      normalised and rewards scaled by what was seen so far: each an option.
-  4. The behaviour's log-probability is the one noted when the action was chosen: the first row of a rollout was chosen before the update
+  4. Observations are normalised by what earlier rollouts held, the first rollout not at all; rewards by what has come up to and with the
+     rollout itself.
+  5. The behaviour's log-probability is the one noted when the action was chosen: the first row of a rollout was chosen before the update
      that precedes it.
 """
 
