@@ -624,7 +624,7 @@ PPO_OPTIONS = [
     ({"zzz": 1}, TypeError, "PPO has no option 'zzz': the options are activation, batch_size, clip, "),
     ({"rollout_length": 0}, ValueError, "rollout_length must be at least 1, got 0"),
     ({"rollout_length": 4.0}, TypeError, "rollout_length must be a whole number, got 4.0"),
-    ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
+    ({"batch_size": 0}, ValueError, "batch_size must be at least 2"),
     ({"batch_size": True}, TypeError, "batch_size must be a whole number, got True"),
     ({"batch_size": 3}, ValueError, "4 transitions, does not divide into minibatches of 3"),
     ({"epochs": 0}, ValueError, "epochs must be at least 1, got 0"),
