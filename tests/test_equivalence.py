@@ -285,7 +285,7 @@ def test_a_rollout_half_done_cannot_be_resumed_with_other_environments(seeds):
     host = host_of(result.seed(0).state)
     for _ in range(4):
         host.act_and_train(np.zeros(4, np.float32), 1.0)
-    with pytest.raises(ValueError, match="collected 3 of the 64 steps that it learns from together"):
+    with pytest.raises(ValueError, match="collected 3 steps that it has not learnt from, of the 64"):
         training.resume(jax.random.key(0), host.state)
 
 
