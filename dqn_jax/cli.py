@@ -263,7 +263,7 @@ def _eval(command: Eval) -> dict[str, Any]:
         state = AgentState(learner, *[()] * 5)  # Acting needs no more.
         returns = np.asarray(jax.jit(play)(state, jax.random.key(command.seed + 20_000))).tolist()
     else:
-        choose = greedy_policy(agent, learner, world.observation_space)
+        choose = greedy_policy(agent, learner, world.observation_space, world.action_space)
         if compiled and command.env is None:
             raise ValueError(
                 f"{task.env} was trained as a JAX environment: name a Gymnasium environment to show it in, --env CartPole-v1 say"

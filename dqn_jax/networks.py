@@ -149,19 +149,25 @@ class ConvQNetwork(nn.Module):
         Raises:
           ValueError: if a kernel does not fit the image that reaches it.
         """
-        x = image = self.image(observation)  # [B, H, W, C]
-        for i, (filters, size, stride) in enumerate(self.convolutions):
-            if min(x.shape[1:3]) < size:
-                raise ValueError(
-                    f"an image of {image.shape[1]}x{image.shape[2]} reaches convolution {i} as {x.shape[1]}x{x.shape[2]}, smaller than "
-                    f"its {size}x{size} kernel: give smaller kernels or strides (networks.MINATAR suits 10x10), enlarge the image, or "
-                    "say where its channels are (spaces.image)"
-                )
-            x = nn.relu(Conv(filters, size, stride, self.dtype)(x))
-        x = x.reshape(x.shape[0], -1)  # [B, F]
+        image = self.image(observation)  # [B, H, W, C]
+        x = _convolve([Conv(*each, self.dtype) for each in self.convolutions], image)  # [B, F]
         for features in self.hidden:
             x = nn.relu(nn.Dense(features, dtype=self.dtype)(x))
         return nn.Dense(self.num_actions, dtype=self.dtype)(x).astype(jnp.float32)  # [B, A]
+
+
+def _convolve(layers: Sequence[Conv], image: chex.Array) -> chex.Array:
+    """Images ``[B, H, W, C]`` through convolutions, each with ReLU, to vectors ``[B, F]``; ValueError if a kernel does not fit."""
+    x = image
+    for i, layer in enumerate(layers):
+        if min(x.shape[1:3]) < layer.kernel_size:
+            raise ValueError(
+                f"an image of {image.shape[1]}x{image.shape[2]} reaches convolution {i} as {x.shape[1]}x{x.shape[2]}, smaller than "
+                f"its {layer.kernel_size}x{layer.kernel_size} kernel: give smaller kernels or strides (networks.MINATAR suits 10x10), "
+                "enlarge the image, or say where its channels are (spaces.image)"
+            )
+        x = nn.relu(layer(x))
+    return x.reshape(x.shape[0], -1)
 
 
 def orthogonal(scale: float) -> Callable[..., chex.Array]:
@@ -205,6 +211,7 @@ class ActorCritic(nn.Module):
       num_free: further outputs that are parameters of their own, the same for every observation, zeros at first: the logarithms of
         standard deviations.
       activation: of the hidden layers.
+      dtype: in which to compute, as for ``QNetwork``.
     """
 
     num_outputs: int
@@ -214,26 +221,33 @@ class ActorCritic(nn.Module):
     shared: bool = False
     num_free: int = 0
     activation: Callable[[chex.Array], chex.Array] = nn.tanh
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, observation: chex.ArrayTree) -> tuple[chex.Array, chex.Array]:
-        """The outputs ``[B, P + num_free]`` and the values ``[B]`` of a batch of observations ``[B, ...]``."""
+        """The outputs ``[B, P + num_free]`` and the values ``[B]`` of a batch of observations ``[B, ...]``, float32.
+
+        Raises:
+          ValueError: if a kernel does not fit the image that reaches it.
+        """
         x = self.features(observation)
         for_policy = self._hidden(x)  # [B, F]
         for_value = for_policy if self.shared else self._hidden(x)  # [B, F]
-        outputs = nn.Dense(self.num_outputs, kernel_init=orthogonal(0.01))(for_policy)  # [B, P]
+        outputs = self._dense(self.num_outputs, 0.01)(for_policy).astype(jnp.float32)  # [B, P]
         if self.num_free:
             free = self.param("free", nn.initializers.zeros, (self.num_free,))
             outputs = jnp.concatenate([outputs, jnp.broadcast_to(free, (outputs.shape[0], self.num_free))], axis=-1)
-        return outputs, nn.Dense(1, kernel_init=orthogonal(1.0))(for_value)[:, 0]
+        return outputs, self._dense(1, 1.0)(for_value)[:, 0].astype(jnp.float32)
 
     def _hidden(self, x: chex.Array) -> chex.Array:
-        for filters, size, stride in self.convolutions:
-            x = nn.relu(Conv(filters, size, stride, kernel_init=orthogonal(SQRT2))(x))
-        x = x.reshape(x.shape[0], -1)
+        if self.convolutions:
+            x = _convolve([Conv(*each, self.dtype, orthogonal(SQRT2)) for each in self.convolutions], x)
         for width in self.hidden:
-            x = self.activation(nn.Dense(width, kernel_init=orthogonal(SQRT2))(x))
+            x = self.activation(self._dense(width, SQRT2)(x))
         return x
+
+    def _dense(self, width: int, scale: float) -> nn.Dense:
+        return nn.Dense(width, dtype=self.dtype, kernel_init=orthogonal(scale))
 
 
 class ActionValue(nn.Module):
@@ -242,29 +256,31 @@ class ActionValue(nn.Module):
     Attributes:
       hidden: width of each hidden layer.
       features: from a batch of observations to vectors ``[B, F]``.
+      dtype: in which to compute, as for ``QNetwork``.
     """
 
     hidden: Sequence[int] = (256, 256)
     features: Callable[[chex.ArrayTree], chex.Array] = flatten
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, observation: chex.ArrayTree, action: chex.Array) -> chex.Array:
-        """The values ``[B]`` of observations ``[B, ...]`` and actions ``[B, D]``."""
+        """The values ``[B]`` of observations ``[B, ...]`` and actions ``[B, D]``, float32."""
         x = jnp.concatenate([self.features(observation), action], axis=-1)  # [B, F + D]
         for width in self.hidden:
-            x = nn.relu(nn.Dense(width)(x))
-        return nn.Dense(1)(x)[:, 0]
+            x = nn.relu(nn.Dense(width, dtype=self.dtype)(x))
+        return nn.Dense(1, dtype=self.dtype)(x)[:, 0].astype(jnp.float32)
 
 
 class Network(NamedTuple):
     """The two functions that the package asks of a network."""
 
-    init: Callable[[chex.PRNGKey, chex.ArrayTree], Any]
-    apply: Callable[[Any, chex.ArrayTree], chex.Array]
+    init: Callable[..., Any]
+    apply: Callable[..., Any]
 
 
 def from_nnx(build: Callable[[nnx.Rngs], Any]) -> Network:
-    """A network from an NNX module.
+    """A network from an NNX module, of one input or, as a critic of actions has, several.
 
     Args:
       build: makes the module from its random streams, for example ``lambda rngs: MyModule(4, 2, rngs=rngs)``. The module must keep
@@ -274,14 +290,14 @@ def from_nnx(build: Callable[[nnx.Rngs], Any]) -> Network:
       A ``Network`` whose parameters are a plain dict of arrays.
     """
 
-    def init(key: chex.PRNGKey, observation: chex.ArrayTree) -> Any:
-        del observation  # An NNX module knows its input sizes.
+    def init(key: chex.PRNGKey, *inputs: chex.ArrayTree) -> Any:
+        del inputs  # An NNX module knows its input sizes.
         return nnx.to_pure_dict(nnx.state(build(nnx.Rngs(params=key))))
 
-    def apply(params: Any, observation: chex.ArrayTree) -> chex.Array:
+    def apply(params: Any, *inputs: chex.ArrayTree) -> Any:
         module = nnx.eval_shape(lambda: build(nnx.Rngs(params=jax.random.key(0))))
         structure, state = nnx.split(module)
         nnx.replace_by_pure_dict(state, params)
-        return nnx.merge(structure, state)(observation)
+        return nnx.merge(structure, state)(*inputs)
 
     return Network(init, apply)

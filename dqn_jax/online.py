@@ -61,6 +61,7 @@ class OnlineAgent:
         self.action_space = action_space
         self._agent = agent
         self._stepper = Stepper(agent, num_envs, spaces.example(observation_space, num_envs), seed, state)
+        self._leave = spaces.leave(action_space)
         self._checks: dict[tuple[str, bool], spaces.Check] = {}
         for single in (True, False):
             lead = None if single else num_envs
@@ -149,7 +150,7 @@ class OnlineAgent:
 
     def batch_act(self, observation: Any) -> np.ndarray:
         """The greedy actions ``[N, ...]``. Changes nothing. Arguments and errors as ``act``, with a leading axis N."""
-        return np.array(self._stepper.exploit(self._observation(observation, False)))
+        return self._leave(self._stepper.exploit(self._observation(observation, False)))
 
     def batch_act_and_train(
         self, observation: Any, reward: Any = None, terminated: Any = None, truncated: Any = None, next_observation: Any = None
@@ -173,7 +174,7 @@ class OnlineAgent:
         """
         checked = self._observation(observation, False)
         if self._stepper.pending is None:
-            return np.array(self._stepper.advance(checked))
+            return self._leave(self._stepper.advance(checked))
         ended = self._checks["terminated", False](terminated)
         last = ended | self._checks["truncated", False](truncated)
         outcome = outcome_array(self._checks["reward", False](reward), ended, last)
@@ -184,11 +185,11 @@ class OnlineAgent:
                     "with the vector environment made with autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP"
                 )
             self._check_succession(checked, checked, last)
-            return np.array(self._stepper.advance(checked, outcome))
+            return self._leave(self._stepper.advance(checked, outcome))
         successor = self._checks["observation", False](next_observation)
         spaces.require_actions_allowed(successor, ended)
         self._check_succession(successor, checked, last)
-        action = np.array(self._stepper.advance(checked, outcome, successor))
+        action = self._leave(self._stepper.advance(checked, outcome, successor))
         self._stepper.episodes += int(last.sum())
         return action
 
@@ -270,7 +271,7 @@ class OnlineAgent:
         return checked
 
     def _single(self, actions: np.ndarray) -> Any:
-        return np.array(actions[0]) if actions.ndim > 1 or actions.dtype.kind == "f" else int(actions[0])
+        return self._leave(actions[0]) if actions.ndim > 1 or actions.dtype.kind == "f" else int(actions[0])
 
     def _check_succession(self, successor: Any, following: Any, last: np.ndarray) -> None:
         if self._require_succession is not None and self._stepper.pending is not None:

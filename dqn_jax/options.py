@@ -11,17 +11,39 @@ import jax
 import optax
 
 ELSEWHERE = {
-    "lr": "learning_rate",
-    "buffer_size": "capacity",
-    "learning_starts": "replay_start_size",
-    "train_freq": "update_interval",
-    "train_frequency": "update_interval",
-    "gradient_steps": "updates_per_interval",
-    "n_times_update": "updates_per_interval",
-    "target_network_frequency": "target_update_interval",
-    "soft_update_tau": "tau",
-    "minibatch_size": "batch_size",
-    "net_arch": "hidden",
+    "lr": ("learning_rate",),
+    "policy_lr": ("learning_rate",),
+    "actor_lr": ("learning_rate",),
+    "q_lr": ("critic_learning_rate",),
+    "critic_lr": ("critic_learning_rate",),
+    "buffer_size": ("capacity",),
+    "learning_starts": ("replay_start_size",),
+    "train_freq": ("update_interval",),
+    "train_frequency": ("update_interval",),
+    "gradient_steps": ("updates_per_interval",),
+    "n_times_update": ("updates_per_interval",),
+    "target_network_frequency": ("target_update_interval",),
+    "soft_update_tau": ("tau",),
+    "minibatch_size": ("batch_size",),
+    "num_minibatches": ("batch_size",),
+    "net_arch": ("hidden",),
+    "n_steps": ("rollout_length",),
+    "num_steps": ("rollout_length",),
+    "update_interval": ("rollout_length",),
+    "n_epochs": ("epochs",),
+    "update_epochs": ("epochs",),
+    "clip_coef": ("clip",),
+    "clip_eps": ("clip",),
+    "clip_range": ("clip",),
+    "clip_range_vf": ("value_clip",),
+    "clip_vloss": ("value_clip",),
+    "clip_eps_vf": ("value_clip",),
+    "vf_coef": ("value_coef",),
+    "value_func_coef": ("value_coef",),
+    "ent_coef": ("entropy_coef", "initial_temperature"),
+    "lambd": ("gae_lambda",),
+    "temperature": ("initial_temperature",),
+    "entropy_target": ("target_entropy",),
 }
 """What SB3, PFRL and CleanRL call the options: for the hint when somebody uses those names."""
 
@@ -43,7 +65,7 @@ def named(kind: type, algorithm: str, options: dict[str, Any], others: tuple[str
     for name in options:
         if name not in fields:
             everything = sorted([*fields, *others])
-            near = [ELSEWHERE[name]] if ELSEWHERE.get(name) in fields else difflib.get_close_matches(name, everything, 1, 0.5)
+            near = [ours for ours in ELSEWHERE.get(name, ()) if ours in fields] or difflib.get_close_matches(name, everything, 1, 0.5)
             hint = f"did you mean {near[0]}?" if near else f"the options are {', '.join(everything)}"
             raise TypeError(f"{algorithm} has no option {name!r}: {hint}")
     made = kind(**options)

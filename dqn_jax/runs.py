@@ -264,11 +264,11 @@ def play_greedily(choose: Any, env: gymnasium.Env, seed: int) -> float:
     return total
 
 
-def greedy_policy(agent: Agent, learner: Any, observation_space: gymnasium.Space) -> Any:
+def greedy_policy(agent: Agent, learner: Any, observation_space: gymnasium.Space, action_space: gymnasium.Space) -> Any:
     """A function from one observation to the greedy action, NumPy."""
-    check = spaces.observation_check(observation_space, None)
+    check, leave = spaces.observation_check(observation_space, None), spaces.leave(action_space)
     exploit = jax.jit(agent.exploit)
-    return lambda observation: np.array(exploit(learner, check(observation))[0])
+    return lambda observation: leave(exploit(learner, check(observation))[0])
 
 
 def _play(agent: Any, env: gymnasium.Env, seed: int) -> Iterator[list[tuple[float, int]]]:

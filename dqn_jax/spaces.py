@@ -43,6 +43,13 @@ def num_actions(space: spaces.Space, algorithm: str) -> int:
     return int(space.n)
 
 
+def leave(space: spaces.Space) -> Callable[[np.ndarray], np.ndarray]:
+    """How an action, or a batch of them, leaves for the environment: a copy, and what a Box holds in its own dtype, within its bounds."""
+    if isinstance(space, spaces.Box) and space.dtype != np.float32:  # In float32 the algorithms keep to the bounds themselves.
+        return lambda action: np.asarray(np.clip(np.asarray(action, space.dtype), space.low, space.high))
+    return np.array
+
+
 def _leaf_dtype(space: spaces.Space) -> np.dtype:
     """The dtype in which values of a leaf space are kept: float32 for reals, int32 for choices, else the space's own."""
     if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):

@@ -11,6 +11,7 @@ from linear_networks import action_value, linear, policy_and_value
 
 import dqn_jax
 from dqn_jax import DQN, PPO, SAC, CheckpointError, Masked, footprint
+from dqn_jax.algorithms.sac import Optimizers
 from dqn_jax.networks import Network
 
 PLAIN = (spaces.Box(-np.inf, np.inf, (3,), np.float32), spaces.Discrete(2))
@@ -645,7 +646,11 @@ PPO_OPTIONS = [
     ({"normalize_observation": "yes"}, TypeError, "normalize_observation must be True or False, got 'yes'"),
     ({"scale_reward": None}, TypeError, "scale_reward must be True or False, got None"),
     ({"shared": "yes"}, TypeError, "shared must be True, False or None, got 'yes'"),
-    ({"activation": "gelu"}, ValueError, "activation must be one of 'tanh', 'relu', got 'gelu'"),
+    ({"shared": 1}, TypeError, "shared must be True, False or None, got 1"),
+    ({"n_steps": 8}, TypeError, "PPO has no option 'n_steps': did you mean rollout_length?"),
+    ({"ent_coef": 0.1}, TypeError, "did you mean entropy_coef?"),
+    ({"clip_range": 0.1}, TypeError, "did you mean clip?"),
+    ({"activation": "gelu"}, ValueError, "activation must be one of 'auto', 'tanh', 'relu', got 'gelu'"),
     ({"encoder": "resnet"}, ValueError, "encoder must be one of 'auto', 'flat', 'nature', 'minatar', got 'resnet'"),
     ({"learning_rate": 0}, ValueError, "learning_rate must be in (0, inf], got 0"),
     ({"learning_rate": "x"}, TypeError, "learning_rate must be a number, got 'x'"),
@@ -672,7 +677,9 @@ SAC_OPTIONS = [
     ({"critic_learning_rate": 0}, ValueError, "critic_learning_rate must be in (0, inf], got 0"),
     ({"critic_learning_rate": "x"}, TypeError, "critic_learning_rate must be a number, got 'x'"),
     ({"initial_temperature": 0}, ValueError, "initial_temperature must be in (0, inf], got 0"),
-    ({"initial_temperature": 11.0}, ValueError, "initial_temperature 11.0 exceeds max_temperature 10.0"),
+    ({"initial_temperature": 11.0}, ValueError, "initial_temperature must be in (0, max_temperature], got 11.0 and 10.0"),
+    ({"ent_coef": 0.1}, TypeError, "did you mean initial_temperature?"),
+    ({"q_lr": 0.1}, TypeError, "did you mean critic_learning_rate?"),
     ({"initial_temperature": None}, TypeError, "initial_temperature must be a number, got None"),
     ({"max_temperature": "x"}, TypeError, "max_temperature must be a number, got 'x'"),
     ({"reward_scale": 0}, ValueError, "reward_scale must be in (0, inf], got 0"),
@@ -692,7 +699,9 @@ SAC_OPTIONS = [
     ({"hidden": (0,)}, ValueError, "hidden must be at least 1, got 0"),
     ({"actor": "mlp"}, TypeError, "actor must have the functions init and apply, got 'mlp'"),
     ({"critic": 3}, TypeError, "critic must have the functions init and apply, got 3"),
-    ({"optimizers": optax.adam(1e-3)}, TypeError, "optimizers.actor must have the functions init and update"),
+    ({"optimizers": optax.adam(1e-3)}, TypeError, "optimizers must be dqn_jax.algorithms.sac.Optimizers(actor=, critic=, temperature=)"),
+    ({"optimizers": (optax.adam(1e-3),) * 3}, TypeError, "optimizers must be dqn_jax.algorithms.sac.Optimizers("),
+    ({"optimizers": Optimizers(optax.adam(1e-3), 3, 4)}, TypeError, "optimizers.critic must have the functions init and update, got 3"),
     ({"capacity": 10**11}, MemoryError, "bytes are needed"),
     ({"num_envs": 64}, ValueError, "capacity 32 leaves 0 rows for each of 64 environments"),
 ]
@@ -716,6 +725,31 @@ def test_images_and_actions_of_numbers_need_networks_of_ones_own():
     pictures = spaces.Box(0, 255, (84, 84, 4), np.uint8), FLOAT_BOX
     with pytest.raises(NotImplementedError, match="is an image: give encoder='flat', or an actor and a critic of your own"):
         SAC(pictures, capacity=1_000)
+
+
+def test_only_floats_can_be_normalised():
+    with pytest.raises(ValueError, match=r"normalize_observation is for observations of floats, and .* holds none: leave it out"):
+        PPO(CHOICE, normalize_observation=True)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float16])
+@pytest.mark.parametrize("kind", [PPO, SAC])
+def test_actions_are_of_the_spaces_own_kind_of_number_and_within_its_bounds(kind, dtype):
+    # Neither end is a number of float32: what is rounded there lies outside.
+    box = spaces.Box(np.array([0.1, -0.3], dtype), np.array([0.7, 0.9], dtype), dtype=dtype)
+    far = linear(5, lambda outputs: (outputs[:, :4] * jnp.array([1e3, 1e3, 0, 0]), outputs[:, 4]))
+    options = {**ROLLOUT, "network": far} if kind is PPO else NUMBERS | {"actor": linear(4)}
+    agent = kind((PLAIN[0], box), **options)
+    several, stepped = kind((PLAIN[0], box), num_envs=2, **options), [np.stack([ZEROS, ZEROS + 1e3])]
+    for _ in range(6):
+        given = (
+            agent.act_and_train(ZEROS + 1e3, 0.0),
+            agent.act(ZEROS + 1e3),
+            *several.batch_act_and_train(*stepped),
+            *several.batch_act(np.stack([ZEROS, ZEROS + 1e3])),
+        )
+        assert all(box.contains(action) and action.dtype == dtype for action in given), given
+        stepped = [stepped[0], np.zeros(2), np.zeros(2, bool), np.zeros(2, bool)]
 
 
 class Choices(gymnasium.Env):

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from flax import nnx
 
 from dqn_jax import networks
 from dqn_jax.algorithms.dqn import dqn
@@ -103,6 +104,45 @@ def test_dqn_learns_with_a_network_that_computes_in_bfloat16(monkeypatch, networ
         moved[dtype] = jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(change)])
     exact, rounded = moved[None], moved[jnp.bfloat16]
     assert jnp.linalg.norm(rounded - exact) < 0.05 * jnp.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("convolutions", [(), ((8, 4, 2), (8, 3, 1))])
+def test_actor_critics_and_critics_of_actions_compute_in_another_type_too(convolutions):
+    x, action = seen((12, 12, 4) if convolutions else (6,)), seen((2,))
+    both = networks.ActorCritic(3, (32,), lambda x: x, convolutions, num_free=2), (x,)
+    for network, inputs in (both, *(() if convolutions else ((networks.ActionValue((32,)), (x, action)),))):
+        params, half = network.init(jax.random.key(0), *inputs), network.clone(dtype=jnp.bfloat16)
+        assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(half.init(jax.random.key(0), *inputs)))
+        exact, rounded = (jax.tree.leaves(each.apply(params, *inputs)) for each in (network, half))
+        for one, other in zip(rounded, exact, strict=True):
+            assert one.dtype == other.dtype == jnp.float32
+            np.testing.assert_allclose(one, other, rtol=0, atol=0.03 * float(jnp.abs(other).max()))
+        assert any((one != other).any() for one, other in zip(rounded, exact, strict=True))
+
+
+def test_an_actor_critic_says_which_kernel_does_not_fit():
+    network = networks.ActorCritic(3, (32,), lambda x: x, networks.NATURE)
+    with pytest.raises(ValueError, match="an image of 10x10 reaches convolution 1 as 1x1, smaller than its 4x4 kernel"):
+        network.init(jax.random.key(0), seen((10, 10, 4)))
+
+
+def test_an_nnx_module_of_two_inputs_is_a_critic():
+    class Critic(nnx.Module):
+        def __init__(self, rngs):
+            self.layer = nnx.Linear(8, 1, rngs=rngs)
+
+        def __call__(self, observation, action):
+            return self.layer(jnp.concatenate([observation, action], -1))[:, 0]
+
+    critic, inputs = networks.from_nnx(lambda rngs: Critic(rngs)), (seen((6,)), seen((2,)))
+    params = critic.init(jax.random.key(0), *inputs)
+    weights = params["layer"]
+    np.testing.assert_allclose(
+        jax.jit(critic.apply)(params, *inputs),
+        (jnp.concatenate(inputs, -1) @ weights["kernel"] + weights["bias"])[:, 0],
+        rtol=1e-6,
+        atol=1e-6,
+    )
 
 
 @pytest.mark.parametrize("shape", [(4, 64), (64, 64), (64, 2), (3, 3, 4, 16), (700, 100)])

@@ -366,6 +366,20 @@ def test_a_ratio_that_left_the_range_counts_only_where_it_is_to_come_back(ratio,
         assert grads[1, t.action[0, 1]] > 0  # and the bad one less so.
 
 
+@pytest.mark.parametrize("log_ratio", [4.0, -4.0, 1e3, -1e3])
+def test_what_is_far_off_the_policy_moves_nothing(log_ratio):
+    # Not even a bad action that has become much likelier, which is to come back: such a row would outweigh all others.
+    last, reward = np.ones((1, N), bool), np.array([[1.0, -1.0]], np.float32)
+    t = told_apart(length=1, reward=reward, discount=np.zeros((1, N), np.float32), last=last)
+    learner = fresh("categorical", t, recorder(1), values=np.zeros(2 * N))
+    params = doubles(learner.params)
+    now = [judge("categorical", apply(params, t.observation[0, n])[0], None, t.action[0, n])[0] for n in range(N)]
+    t = t._replace(extras={"log_prob": (np.array([now]) - log_ratio).astype(np.float32)})
+    after, feedback = recorded(t, learner=learner, clip=0.2, entropy_coef=0.0)
+    assert not np.asarray(after.opt_state[1]["policy"][0])[:N].any()
+    assert float(feedback.metrics["kl"]) >= 0 and np.isfinite(float(feedback.metrics["loss"]))
+
+
 def test_a_clipped_value_goes_no_further_than_its_range_in_one_rollout():
     last = np.ones((1, N), bool)
     t = told_apart(length=1, reward=np.full((1, N), 10.0, np.float32), discount=np.zeros((1, N), np.float32), last=last)
@@ -393,7 +407,12 @@ def test_learning_stops_where_the_policy_has_moved_far_enough():
     # Before the first step nothing has moved; after it enough has.
     for one, other in zip(jax.tree.leaves((once.params, once.opt_state)), jax.tree.leaves((four.params, four.opt_state)), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-7)
-    assert int(four.opt_state[0].count) == 1 and float(feedback.metrics["kl"]) > 1e-4
+    assert int(four.opt_state[0].count) == 1 and float(feedback.metrics["learnt"]) == 0.25
+    # Metrics are those of the two minibatches that were looked at: before the step, and after it.
+    first, second = (program("categorical", ADAM, epochs=1, minibatch_size=ROWS)(by, t, jax.random.key(1), {})[1] for by in (learner, once))
+    for name in ("kl", "entropy"):  # The loss of the second is of other value targets.
+        np.testing.assert_allclose(feedback.metrics[name], (first.metrics[name] + second.metrics[name]) / 2, rtol=1e-5, atol=1e-7)
+    assert float(second.metrics["kl"]) > 1e-4
     assert any((a != b).any() for a, b in zip(jax.tree.leaves(once.params), jax.tree.leaves(learner.params), strict=True))
     far, _ = learnt(epochs=4, target_kl=1e6)
     free, _ = learnt(epochs=4)

@@ -586,6 +586,15 @@ def test_a_box_of_any_shape(shape):
     np.testing.assert_allclose(feedback.metrics["q"], np.mean(q), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_temperatures_can_be_swept(kind):
+    def begin(initial, limit):
+        return build(kind, initial_temperature=initial, max_temperature=limit).init(jax.random.key(0), jnp.zeros((1, S))).log_temperature
+
+    initial, limit = jnp.array([0.1, 2.0]), jnp.array([1.0, 3.0])
+    np.testing.assert_allclose(jax.vmap(begin)(initial, limit), np.log(initial), rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [({"warmup": -1}, "warmup"), ({"initial_temperature": 0.0}, "initial_temperature"), ({"initial_temperature": 11.0}, "max_temperature")],

@@ -18,7 +18,7 @@ Differs from the paper in:
   4. Observations are normalised by what earlier rollouts held, the first rollout not at all; rewards by what has come up to and with the
      rollout itself.
   5. The behaviour's log-probability is the one noted when the action was chosen: the first row of a rollout was chosen before the update
-     that precedes it.
+     that precedes it. Ratios are bounded, both ways: a row far beyond, such as that one may become, moves nothing.
 """
 
 from typing import Any, NamedTuple
@@ -33,7 +33,7 @@ from dqn_jax.distributions import Distribution
 from dqn_jax.normalize import Moments
 from dqn_jax.types import Algorithm, Batch, Decision, Feedback, Transition
 
-MAX_LOG_RATIO = 20.0  # Beyond it a ratio is as good as infinite, and its gradient not a number.
+MAX_LOG_RATIO = 3.0  # Beyond it, at a ratio of 20, an action says too little about the policy as it is to be learnt from.
 
 
 class PPOState(NamedTuple):
@@ -99,7 +99,9 @@ def ppo(
       gae_lambda: of the advantages, in [0, 1].
       value_coef, entropy_coef: weights of the value's and the entropy's part of the loss.
       value_clip: how far a value may leave what it was and still be rewarded for it, or None.
-      target_kl: an estimate of how far the policy has moved, in nats, at which the rest of the rollout is left alone, or None.
+      target_kl: an estimate of how far the policy has moved, in nats, at which the rest of the rollout is left alone, or None. What is
+        left alone does not ask the optimizer, and metrics end with the minibatch that showed it; a further one, ``learnt``, is the share of
+        minibatches that were learnt from.
       normalize_observation: whether floats among the observations are normalised by their moments, and clipped to 10 deviations. The
         moments of a rollout are folded in after learning from it, and stay as they are while the agent acts.
       scale_reward: whether rewards are divided by the deviation of their discounted sums, and clipped to 10, as in OpenAI's baselines.
@@ -183,7 +185,8 @@ def ppo(
         observation, mask = seen(learner, rows.observation)
         outputs, value = network.apply(params, observation)  # [B, P], [B]
         log_ratio = _each(distribution.log_prob, outputs, mask, rows.action) - rows.log_prob  # [B]
-        ratio = jnp.exp(jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO))
+        log_ratio = jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+        ratio = jnp.exp(log_ratio)
         advantage = (rows.advantage - jnp.mean(rows.advantage)) / (jnp.std(rows.advantage) + normalize.EPSILON)
         policy_loss = -jnp.mean(jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - clip, 1 + clip) * advantage))
         value_error = returns.squared(value - rows.value_target)
@@ -224,7 +227,7 @@ def ppo(
             changes, moved = optimizer.update(grads, opt_state, params)
             new = optax.apply_updates(params, changes), moved
             kept = jax.tree.map(lambda new, old: jnp.where(going, new, old), new, (params, opt_state))
-            return (*kept, going), metrics
+            return (*kept, going), {**metrics, "learnt": going.astype(jnp.float32)}
 
         def epoch(carry: tuple[Any, ...], key: chex.PRNGKey) -> tuple[tuple[Any, ...], dict[str, chex.Array]]:
             # One sort by random bits: jax.random.permutation sorts twice, to be right for far longer vectors.
@@ -238,7 +241,11 @@ def ppo(
             proper = policies.split_mask(t.observation)[0]
             learner = learner._replace(observations=normalize.fold(learner.observations, proper, axes=(0, 1)))
         explained = 1.0 - jnp.var(rollout.value_target - rollout.value) / (jnp.var(rollout.value_target) + normalize.EPSILON)
-        means = {**jax.tree.map(jnp.mean, metrics), "explained_variance": explained}
+        means = {name: jnp.mean(values) for name, values in metrics.items()}
+        if target_kl is not None:
+            looked_at = jnp.ones(metrics["learnt"].size).at[1:].set(metrics["learnt"].ravel()[:-1])
+            means |= {name: jnp.average(values.ravel(), weights=looked_at) for name, values in metrics.items() if name != "learnt"}
+        means["explained_variance"] = explained
         return learner._replace(params=params, opt_state=opt_state), Feedback((), means)
 
     return Algorithm(init, noise, explore, exploit, learn)

@@ -15,6 +15,7 @@ Differs from the papers in:
   3. The temperature is kept below a bound: for numbered actions the paper's target, 0.98 of the largest entropy, is often out of reach,
      and the temperature then grows without end. Where actions are forbidden, the target is a share of what the allowed ones can have.
   4. ``log alpha`` is learnt by the gradient with respect to itself of ``alpha (H - target)``, as in the authors' code.
+  5. Where a replay weighs what it hands out, the weights correct the critics only; policy and temperature are learnt for what was drawn.
 """
 
 from collections.abc import Callable
@@ -91,8 +92,8 @@ def sac(
     target_entropy: float | None = None,
     warmup: int = 0,
     tau: chex.Numeric = 0.005,
-    initial_temperature: float = 1.0,
-    max_temperature: float = 10.0,
+    initial_temperature: chex.Numeric = 1.0,
+    max_temperature: chex.Numeric = 10.0,
     reward_scale: chex.Numeric = 1.0,
 ) -> Algorithm:
     """The SAC algorithm for actions of D numbers between bounds.
@@ -111,6 +112,9 @@ def sac(
 
     Returns:
       An ``Algorithm`` whose learner is a ``SACState``.
+
+    Raises:
+      ValueError: on a negative warmup, or a temperature that does not begin in (0, max_temperature].
     """
     low, high = jnp.asarray(low, jnp.float32), jnp.asarray(high, jnp.float32)
     num_dims = low.size
@@ -158,8 +162,8 @@ def discrete_sac(
     target_entropy: float | None = None,
     warmup: int = 0,
     tau: chex.Numeric = 0.005,
-    initial_temperature: float = 1.0,
-    max_temperature: float = 10.0,
+    initial_temperature: chex.Numeric = 1.0,
+    max_temperature: chex.Numeric = 10.0,
     reward_scale: chex.Numeric = 1.0,
 ) -> Algorithm:
     """The SAC algorithm for A numbered actions.
@@ -174,6 +178,9 @@ def discrete_sac(
 
     Returns:
       An ``Algorithm`` whose learner is a ``SACState``.
+
+    Raises:
+      ValueError: as ``sac``.
     """
     policy = distributions.categorical(num_actions)
     share = (0.7 if num_actions <= 4 else 0.89) if target_entropy is None else target_entropy
@@ -206,14 +213,15 @@ def _soft_actor_critic(
     optimizers: Optimizers,
     warmup: int,
     tau: chex.Numeric,
-    initial_temperature: float,
-    max_temperature: float,
+    initial_temperature: chex.Numeric,
+    max_temperature: chex.Numeric,
     reward_scale: chex.Numeric,
 ) -> Algorithm:
-    if warmup < 0 or not 0 < initial_temperature <= max_temperature:
-        raise ValueError(
-            f"warmup must be >= 0 and 0 < initial_temperature <= max_temperature, got {warmup}, {initial_temperature} and {max_temperature}"
-        )
+    if warmup < 0:
+        raise ValueError(f"warmup must be at least 0, got {warmup}")
+    swept = isinstance(initial_temperature, jax.core.Tracer) or isinstance(max_temperature, jax.core.Tracer)  # Nobody can check these here.
+    if not swept and not 0 < initial_temperature <= max_temperature:
+        raise ValueError(f"initial_temperature must be in (0, max_temperature], got {initial_temperature} and {max_temperature}")
 
     def init(key: chex.PRNGKey, observation: chex.ArrayTree) -> SACState:
         observation = policies.split_mask(observation)[0]

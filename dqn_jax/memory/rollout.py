@@ -31,7 +31,7 @@ def rollout(length: int, *, minibatch_size: int = 1) -> Memory:
         if (length * num_envs) % minibatch_size:
             raise ValueError(
                 f"a rollout of {length} steps of {num_envs} environment(s), {length * num_envs} transitions, does not divide into "
-                f"minibatches of {minibatch_size}: choose a minibatch size that divides it, or another rollout length"
+                f"minibatches of {minibatch_size}: choose a minibatch size that divides it, another rollout length, or more environments"
             )
         rows = jax.tree.map(lambda leaf: jnp.zeros((length, *leaf.shape), leaf.dtype), transition)
         return Ring(rows, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
@@ -51,7 +51,7 @@ def rollout(length: int, *, minibatch_size: int = 1) -> Memory:
         del noise
         if not isinstance(state.filled, jax.core.Tracer) and state.filled < length:
             raise ValueError(f"a rollout of {length} rows was asked for and {state.filled} are there: add more before sampling")
-        # The cursor stands at 0, unless somebody samples at other times than the loops do.
+        # The cursor stands at 0, unless somebody samples at other times than the loops do. One copy a rollout, for each row's few uses.
         order = (state.cursor + jnp.arange(length)) % length
         return Batch(jax.tree.map(lambda leaf: leaf[order], state.rows))
 

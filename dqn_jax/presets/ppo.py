@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dqn_jax import distributions, networks, spaces
+from dqn_jax import distributions, networks, policies, spaces
 from dqn_jax.agent import assemble
 from dqn_jax.algorithms.ppo import ppo as ppo_algorithm
 from dqn_jax.distributions import Distribution
@@ -50,7 +50,8 @@ class PPOOptions:
     entropy_coef: float = 0.0
     """Weight of the entropy's part of the loss."""
     target_kl: float | None = None
-    """How far the policy may move, in nats, before the rest of the rollout is left alone; or None."""
+    """How far the policy may move, in nats, before the rest of the rollout is left alone; or None. A learning rate that falls then falls by
+    the transitions learnt from."""
     normalize_observation: bool = False
     """Normalise observations of floats by their running mean and deviation."""
     scale_reward: bool = False
@@ -60,8 +61,8 @@ class PPOOptions:
     convolutions for images (uint8 or bool with two or three axes), by their size; unused where a network is given."""
     hidden: tuple[int, ...] | None = None
     """Widths of the hidden layers; by default (64, 64), behind Nature's convolutions (512,), behind MinAtar's (128,)."""
-    activation: Literal["tanh", "relu"] = "tanh"
-    """Of the hidden layers; convolutions are followed by a ReLU."""
+    activation: Literal["auto", "tanh", "relu"] = "auto"
+    """Of the hidden layers: "auto" is tanh, and behind convolutions, which have a ReLU each, ReLU."""
     shared: bool | None = None
     """Whether policy and value share all layers but the last; by default those behind convolutions do."""
     max_grad_norm: float | None = 0.5
@@ -78,7 +79,7 @@ PPO_PRESETS: dict[str, dict[str, Any]] = {
         "normalize_observation": True,
         "scale_reward": True,
     },
-    # For 64 environments, after PureJaxRL: a network of vectors, as there; the learning rate falls over ten million transitions.
+    # For num_envs=64, after PureJaxRL: a network of vectors, as there; the learning rate falls over ten million transitions.
     "minatar": {
         "rollout_length": 128,
         "batch_size": 1024,
@@ -89,9 +90,9 @@ PPO_PRESETS: dict[str, dict[str, Any]] = {
         "encoder": "flat",
         "activation": "relu",
     },
-    # For 8 environments.
+    # For num_envs=8.
     "pendulum": {"gamma": 0.95, "learning_rate": 1e-3, "rollout_length": 200, "batch_size": 200, "scale_reward": True},
-    # For 16 environments, after SB3's zoo.
+    # For num_envs=16, after SB3's zoo.
     "lunarlander": {
         "rollout_length": 1024,
         "batch_size": 64,
@@ -101,7 +102,8 @@ PPO_PRESETS: dict[str, dict[str, Any]] = {
         "entropy_coef": 0.01,
     },
 }
-"""Named sets of options for PPO, named after what they are for."""
+"""Named sets of options for PPO, named after what they are for; some are for several environments: --num-envs 64 for minatar, 8 for
+pendulum, 16 for lunarlander."""
 
 
 def ppo_options(**options: Any) -> PPOOptions:
@@ -119,7 +121,7 @@ def ppo_options(**options: Any) -> PPOOptions:
             require_number(name, getattr(o, name), 0, math.inf, open_low=True)
     if o.clip is None:
         raise TypeError("clip must be a number, got None: a large one never clips")
-    if o.shared not in (None, True, False):
+    if not isinstance(o.shared, bool | None):
         raise TypeError(f"shared must be True, False or None, got {o.shared!r}")
     require_widths(o.hidden)
     return o
@@ -152,6 +154,9 @@ def ppo(env_or_spaces: Any, *, network: Any = None, optimizer: optax.GradientTra
     mask_size = int(action_space.n) if isinstance(action_space, gymnasium.spaces.Discrete) else None
     require_mask(observation_space, mask_size)
     o = ppo_options(**options)
+    proper = policies.split_mask(spaces.example(observation_space, 1))[0]
+    if o.normalize_observation and not any(np.issubdtype(leaf.dtype, np.floating) for leaf in jax.tree.leaves(proper)):
+        raise ValueError(f"normalize_observation is for observations of floats, and {observation_space} holds none: leave it out")
     require_functions("network", network, ("init", "apply"))
     require_functions("optimizer", optimizer, ("init", "update"))
     if network is None:
@@ -224,7 +229,7 @@ def _network(options: PPOOptions, observation_space: gymnasium.Space, num_output
         convolutions,
         shared=bool(convolutions) if options.shared is None else options.shared,
         num_free=num_free,
-        activation={"tanh": jnp.tanh, "relu": jax.nn.relu}[options.activation],
+        activation=jax.nn.relu if options.activation == "relu" or (options.activation == "auto" and convolutions) else jnp.tanh,
     )
 
 

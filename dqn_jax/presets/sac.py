@@ -75,7 +75,7 @@ SAC_PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     # After SB3's zoo.
     "pendulum": {"learning_rate": 1e-3},
-    # After Dopamine.
+    # After Dopamine, whose target entropy is -D/2: give target_entropy beside it (-3 for HalfCheetah's six numbers).
     "mujoco": {"replay_start_size": 10_000, "reward_scale": 0.1},
     "cartpole": {"hidden": (64, 64), "learning_rate": 1e-3, "capacity": 50_000},
 }
@@ -90,8 +90,6 @@ def sac_options(**options: Any) -> SACOptions:
         if getattr(o, name) is not None or name in ("learning_rate", "initial_temperature", "max_temperature", "reward_scale"):
             require_number(name, getattr(o, name), 0, math.inf, open_low=True)
     require_number("tau", o.tau, 0, 1, open_low=True)
-    if o.initial_temperature > o.max_temperature:
-        raise ValueError(f"initial_temperature {o.initial_temperature} exceeds max_temperature {o.max_temperature}")
     require_widths(o.hidden)
     require_replay(o)
     return o
@@ -105,7 +103,7 @@ def sac(env_or_spaces: Any, *, actor: Any = None, critic: Any = None, optimizers
         and bounded: its bounds are where the policy's range ends.
       actor, critic: networks as for ``algorithms.sac.sac`` or ``discrete_sac``; by default multilayer perceptrons, behind convolutions for
         images where actions are numbered.
-      optimizers: optax transformations, used as they are; by default Adam.
+      optimizers: ``algorithms.sac.Optimizers``, used as they are; by default Adam.
       **options: see ``SACOptions``.
 
     Returns:
@@ -126,6 +124,8 @@ def sac(env_or_spaces: Any, *, actor: Any = None, critic: Any = None, optimizers
         require_number("target_entropy", o.target_entropy, -math.inf, math.inf)
     require_functions("actor", actor, ("init", "apply"))
     require_functions("critic", critic, ("init", "apply"))
+    if not isinstance(optimizers, Optimizers | None):
+        raise TypeError(f"optimizers must be dqn_jax.algorithms.sac.Optimizers(actor=, critic=, temperature=), got {optimizers!r}")
     for name, optimizer in zip(Optimizers._fields, optimizers or (), strict=False):
         require_functions(f"optimizers.{name}", optimizer, ("init", "update"))
     shared: dict[str, Any] = {
