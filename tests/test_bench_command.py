@@ -18,6 +18,7 @@ from dqn_jax.bench import command, pictures, pixels, size
 CPU = {"platform": "cpu", "kind": "cpu"}
 SCALED = ["scaling", "scaling, inline", "scaling, a device per core"]
 ALL = ["size", "memory", "loops", "latency", "latency, inline", *SCALED, "roofline", "roofline, inline", "pixels"]
+ALL += ["policies", "policies, inline", "policies, a device per core"]
 
 
 def speed(contender, median):
@@ -73,6 +74,7 @@ MEASURED = {
     "scaling": SCALING,
     "roofline": {"peaks": {}},
     "pixels": {"update_ms": {}},
+    "policies": {"ppo": {}},
 }
 
 

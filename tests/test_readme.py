@@ -30,5 +30,5 @@ def test_there_are_python_blocks():
 
 def test_set_up_is_two_lines_that_each_do_everything():
     lines = [line for language, text in BLOCKS if language == "bash" for line in text.splitlines()]
-    assert lines == ["pip install -e . && dqn-jax train CartPole-v1", 'pip install -e ".[test]" && pytest']
+    assert lines == ["pip install -e . && dqn-jax train CartPole-v1", 'pip install -e ".[test]" && pytest -n 2']
     assert all(line.startswith("pip install -e") for line in lines)

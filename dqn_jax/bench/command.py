@@ -20,12 +20,13 @@ from typing import Any
 from dqn_jax.bench import machine, pictures, report
 from dqn_jax.bench.loops import INLINE, SPREAD
 
-SECTIONS = ("size", "memory", "loops", "latency", "scaling", "roofline", "pixels")
+SECTIONS = ("size", "memory", "loops", "latency", "scaling", "roofline", "pixels", "policies")
 # In which other ways sections run where JAX computes on the CPU; loops measures all ways by itself.
 WAYS = {
     "latency": {INLINE: "--inline"},
     "scaling": {INLINE: "--inline", SPREAD: "--spread"},
     "roofline": {INLINE: "--inline"},
+    "policies": {INLINE: "--inline", SPREAD: "--spread"},
 }
 CHANGED = 1.2  # From this ratio on, either way, a headline counts as changed.
 

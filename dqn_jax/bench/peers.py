@@ -13,6 +13,7 @@ import optax
 from flax import linen as nn
 from flax.training.train_state import TrainState
 
+from dqn_jax.bench import policy_loops
 from dqn_jax.bench.compiled_loops import Outcome
 from dqn_jax.bench.host_loops import HostLoop, q_loss
 from dqn_jax.bench.settings import Setting, epsilon_at, require_plain_targets
@@ -38,6 +39,12 @@ DIFFERENCES = {
     "torch": ("PyTorch's initial parameters",),
     "libtorch": ("the environment is written in C++", "PyTorch's initial parameters"),
     "cleanrl-style": ("reads loss and values back every 100 steps",),
+    "rejax's ppo": (
+        "every episode's end counts as a termination",
+        "two optimizers, for policy and value; gradients are clipped number by number",
+        "flax's initial parameters; Adam's usual epsilon",
+        "no record of the run is kept",
+    ),
     "rejax": (
         "as many environments as transitions between updates, stepped at once: every update comes after one step of each",
         "acts at random until warm-up ends, whatever epsilon says",
@@ -116,8 +123,8 @@ def cleanrl_style(env: gymnasium.Env, setting: Setting, steps: int, seed: int) -
     return HostLoop(run, lambda observation: int(apply(state.params, observation[None])[0].argmax()), lambda: updates)
 
 
-class GymnaxCartPole:
-    """CartPole as rejax asks for one: gymnax's interface before 1.0.1 over an ``Env``, with the auto-reset inside of ``step``."""
+class GymnaxEnv:
+    """An ``Env`` with numbered actions as rejax asks for one: gymnax's interface before 1.0.1, with the auto-reset inside of ``step``."""
 
     default_params = None
 
@@ -135,16 +142,16 @@ class GymnaxCartPole:
         return result.observation, state, result.reward, result.terminated | result.truncated, {}
 
     def observation_space(self, params: None) -> Any:
-        """Four numbers."""
+        """Of the environment's shape and dtype."""
         from gymnax.environments import spaces
 
-        return spaces.Box(-jnp.inf, jnp.inf, (4,), jnp.float32)
+        return spaces.Box(-jnp.inf, jnp.inf, self._env.observation_space.shape, self._env.observation_space.dtype)
 
     def action_space(self, params: None) -> Any:
-        """Left or right."""
+        """As many as the environment's."""
         from gymnax.environments import spaces
 
-        return spaces.Discrete(2)
+        return spaces.Discrete(int(self._env.action_space.n))
 
 
 def rejax(env: Env, setting: Setting, steps: int) -> Callable[[chex.PRNGKey], Outcome]:
@@ -162,7 +169,7 @@ def rejax(env: Env, setting: Setting, steps: int) -> Callable[[chex.PRNGKey], Ou
     if steps % setting.interval or setting.warmup <= setting.interval:
         raise ValueError(f"rejax makes {setting.interval} transitions at once, which fits neither {steps=} nor {setting.warmup=} for sure")
     algorithm = get_algo("dqn").create(
-        env=GymnaxCartPole(env),
+        env=GymnaxEnv(env),
         num_envs=setting.interval,
         total_timesteps=steps,
         eval_freq=steps,
@@ -186,5 +193,40 @@ def rejax(env: Env, setting: Setting, steps: int) -> Callable[[chex.PRNGKey], Ou
     def run(key: chex.PRNGKey) -> Outcome:
         state, history = algorithm.train(key)
         return Outcome(state.q_ts.params, state.q_ts.step, jnp.asarray(state.global_step), history)
+
+    return run
+
+
+def rejax_ppo(env: Env, rollouts: int) -> Callable[[chex.PRNGKey], tuple[Any, chex.Array]]:
+    """rejax's PPO on the work of ``policy_loops``, its parameters in the form of ``networks.ActorCritic``. See ``DIFFERENCES``."""
+    from rejax import get_algo
+
+    steps = rollouts * policy_loops.ROLLOUT
+    algorithm = get_algo("ppo").create(
+        env=GymnaxEnv(env),
+        agent_kwargs={"activation": "tanh", "hidden_layer_sizes": (64, 64)},
+        num_envs=policy_loops.NUM_ENVS,
+        num_steps=policy_loops.LENGTH,
+        num_epochs=policy_loops.EPOCHS,
+        num_minibatches=policy_loops.MINIBATCHES,
+        total_timesteps=steps,
+        eval_freq=steps,
+        skip_initial_evaluation=True,
+        learning_rate=policy_loops.RATE,
+        gamma=policy_loops.GAMMA,
+        gae_lambda=policy_loops.LAMBDA,
+        clip_eps=policy_loops.CLIP,
+        ent_coef=policy_loops.ENTROPY,
+        vf_coef=policy_loops.VALUE,
+        max_grad_norm=policy_loops.GRAD_NORM,
+    )
+    algorithm = algorithm.replace(eval_callback=lambda *_: jnp.zeros(()))
+
+    def run(key: chex.PRNGKey) -> tuple[Any, chex.Array]:
+        state, _ = algorithm.train(key)
+        actor, critic = state.actor_ts.params["params"], state.critic_ts.params["params"]
+        hidden = [actor["features"]["Dense_0"], actor["features"]["Dense_1"], critic["Dense_0"], critic["Dense_1"]]
+        layers = [*hidden, actor["action_logits"], critic["Dense_2"]]
+        return {"params": {f"Dense_{i}": layer for i, layer in enumerate(layers)}}, jnp.asarray(state.global_step)
 
     return run

@@ -1,8 +1,9 @@
 """PPO's compiled loop and SAC's update beside those of others: ``python -m dqn_jax.bench.policies``.
 
-PPO: environments and learning compiled whole, beside a loop of our own writing in the style of PureJaxRL's ppo, on the same environments
-and network, with as many updates. SAC: updates from a filled replay, beside SB3 and SBX where they are installed, and the return of a short
-run on Pendulum-v1, to show that what is timed learns. Contenders take turns, compilation is apart, medians and ranges are over the rounds.
+PPO: environments and learning compiled whole, beside a loop of our own writing in the style of PureJaxRL's ppo and, where it is installed,
+rejax's, on the same environments and network, with as many updates. SAC: updates from a filled replay, beside SB3 and SBX where they are
+installed, and the return of a short run on Pendulum-v1, to show that what is timed learns. Contenders take turns, compilation is apart,
+medians and ranges are over the rounds.
 """
 
 import dataclasses
@@ -11,38 +12,33 @@ import importlib.util
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import chex
 import gymnasium
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import tyro
 
-from dqn_jax.algorithms.ppo import PPOState
-from dqn_jax.bench import report
+from dqn_jax.bench import peers, policy_loops, report
 from dqn_jax.envs import make
-from dqn_jax.networks import ActorCritic
-from dqn_jax.presets.ppo import ppo
 from dqn_jax.presets.sac import SAC
 from dqn_jax.programs import compute_inline, device_per_core
 from dqn_jax.seeds import over_seeds
-from dqn_jax.training import evaluate, train
-from dqn_jax.types import AgentState, Env
+from dqn_jax.types import AgentState
 
-NUM_ENVS, LENGTH, EPOCHS, MINIBATCHES = 64, 128, 4, 8
-GAMMA, LAMBDA, CLIP, RATE, ENTROPY, VALUE, GRAD_NORM = 0.99, 0.95, 0.2, 5e-4, 0.01, 0.5, 0.5
-ROLLOUT = NUM_ENVS * LENGTH
+REJAX = "rejax"
+LOOPS = {"ours": policy_loops.ours, "PureJaxRL style": policy_loops.purejaxrl_style, REJAX: peers.rejax_ppo}
+EPISODES = 20  # Of a greedy evaluation.
 # Environment, its arguments, rollouts, and seeds trained at once.
-LOOPS: tuple[tuple[str, dict[str, Any], int, int], ...] = (
+WORKS: tuple[tuple[str, dict[str, Any], int, int], ...] = (
     ("phys2d/CartPole-v1", {"polemass_length": 0.05}, 40, 1),
     ("phys2d/CartPole-v1", {"polemass_length": 0.05}, 20, 16),
     ("pgx/minatar-breakout", {}, 20, 1),
     ("pgx/minatar-breakout", {}, 10, 16),
 )
-QUICK_LOOPS: tuple[tuple[str, dict[str, Any], int, int], ...] = (("phys2d/CartPole-v1", {"polemass_length": 0.05}, 2, 2),)
+QUICK_WORKS: tuple[tuple[str, dict[str, Any], int, int], ...] = (("phys2d/CartPole-v1", {"polemass_length": 0.05}, 2, 2),)
 SAC_SHAPE = (17, 6)  # Numbers in an observation and in an action, as in HalfCheetah.
 SAC_BATCH, SAC_ROWS = 256, 10_000
 LEARN_STEPS = 5_000
@@ -60,8 +56,8 @@ class Options:
     """Give each core a device of its own (``dqn_jax.device_per_core``); loops of several seeds are spread over them, the others' too."""
     torch_threads: int = 1
     """Threads of SB3."""
-    only: tuple[str, ...] = ("ppo", "sac")
-    """What to measure."""
+    only: tuple[Literal["ppo", "sac"], ...] = ("ppo", "sac")
+    """What to measure; SAC not with a device per core."""
     quick: bool = False
     """Little work, to see that it runs: these numbers are no result."""
     out: Path | None = None
@@ -71,158 +67,49 @@ class Options:
 # PPO.
 
 
-def ours(env: Env, network: ActorCritic, rollouts: int) -> Callable[[chex.PRNGKey], tuple[Any, chex.Array]]:
-    """This package's loop: from a key to parameters and steps made."""
-    training = train(_agent(env, network), env, num_steps=rollouts * ROLLOUT, num_envs=NUM_ENVS, history_length=rollouts)
-
-    def run(key: chex.PRNGKey) -> tuple[Any, chex.Array]:
-        state = training.run(key).state
-        return state.learner.params, state.step
-
-    return run
-
-
-def _agent(env: Env, network: ActorCritic) -> Any:
-    return ppo(
-        env,
-        network=network,
-        optimizer=_optimizer(),
-        rollout_length=LENGTH,
-        batch_size=ROLLOUT // MINIBATCHES,
-        epochs=EPOCHS,
-        gamma=GAMMA,
-        gae_lambda=LAMBDA,
-        clip=CLIP,
-        value_clip=CLIP,
-        entropy_coef=ENTROPY,
-        value_coef=VALUE,
-    )
-
-
-def _optimizer() -> optax.GradientTransformation:
-    return optax.chain(optax.clip_by_global_norm(GRAD_NORM), optax.adam(RATE, eps=1e-5))
-
-
-class Row(NamedTuple):
-    """What the scan of ``purejaxrl_style`` keeps of a step."""
-
-    done: chex.Array
-    action: chex.Array
-    value: chex.Array
-    reward: chex.Array
-    log_prob: chex.Array
-    observation: chex.Array
-
-
-def purejaxrl_style(env: Env, network: ActorCritic, rollouts: int) -> Callable[[chex.PRNGKey], tuple[Any, chex.Array]]:
-    """After PureJaxRL's ppo: value and policy at every step, keys split in the carry, every episode's end taken for a termination, in each
-    epoch the whole rollout shuffled and then cut into minibatches.
-    """
-    optimizer = _optimizer()
-
-    def rollout_step(carry: Any, _: None) -> tuple[Any, Row]:
-        params, env_state, observation, key = carry
-        key, key_action, key_step = jax.random.split(key, 3)
-        logits, value = network.apply(params, observation)
-        action = jax.random.categorical(key_action, logits)
-        log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), action[:, None], axis=1)[:, 0]
-        env_state, step = jax.vmap(env.step)(jax.random.split(key_step, NUM_ENVS), env_state, action)
-        row = Row(step.terminated | step.truncated, action, value, step.reward, log_prob, observation)
-        return (params, env_state, step.observation, key), row
-
-    def advantages(rows: Row, last_value: chex.Array) -> chex.Array:
-        def back(carry: Any, row: Row) -> tuple[Any, chex.Array]:
-            following, next_value = carry
-            going = 1.0 - row.done
-            delta = row.reward + GAMMA * next_value * going - row.value
-            following = delta + GAMMA * LAMBDA * going * following
-            return (following, row.value), following
-
-        return jax.lax.scan(back, (jnp.zeros_like(last_value), last_value), rows, reverse=True)[1]
-
-    def loss(params: Any, rows: Row, advantage: chex.Array, target: chex.Array) -> chex.Array:
-        logits, value = network.apply(params, rows.observation)
-        log_probs = jax.nn.log_softmax(logits)
-        log_prob = jnp.take_along_axis(log_probs, rows.action[:, None], axis=1)[:, 0]
-        near = rows.value + jnp.clip(value - rows.value, -CLIP, CLIP)
-        value_loss = 0.5 * jnp.mean(jnp.maximum(jnp.square(value - target), jnp.square(near - target)))
-        ratio = jnp.exp(log_prob - rows.log_prob)
-        advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
-        policy_loss = -jnp.mean(jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - CLIP, 1 + CLIP) * advantage))
-        entropy = -jnp.mean(jnp.sum(jnp.exp(log_probs) * log_probs, axis=1))
-        return policy_loss + VALUE * value_loss - ENTROPY * entropy
-
-    def minibatch(carry: Any, part: Any) -> tuple[Any, chex.Array]:
-        params, opt_state = carry
-        value, grads = jax.value_and_grad(loss)(params, *part)
-        changes, opt_state = optimizer.update(grads, opt_state, params)
-        return (optax.apply_updates(params, changes), opt_state), value
-
-    def update(carry: Any, _: None) -> tuple[Any, chex.Array]:
-        params, opt_state, env_state, observation, key = carry
-        (_, env_state, observation, key), rows = jax.lax.scan(rollout_step, (params, env_state, observation, key), None, LENGTH)
-        advantage = advantages(rows, network.apply(params, observation)[1])
-        flat = jax.tree.map(lambda leaf: leaf.reshape(ROLLOUT, *leaf.shape[2:]), (rows, advantage, advantage + rows.value))
-
-        def epoch(carry: Any, _: None) -> tuple[Any, chex.Array]:
-            learnt, key = carry
-            key, key_order = jax.random.split(key)
-            order = jax.random.permutation(key_order, ROLLOUT)
-            parts = jax.tree.map(lambda leaf: leaf[order].reshape(MINIBATCHES, -1, *leaf.shape[1:]), flat)
-            learnt, losses = jax.lax.scan(minibatch, learnt, parts)
-            return (learnt, key), losses
-
-        ((params, opt_state), key), losses = jax.lax.scan(epoch, ((params, opt_state), key), None, EPOCHS)
-        return (params, opt_state, env_state, observation, key), losses.mean()
-
-    def run(key: chex.PRNGKey) -> tuple[Any, chex.Array]:
-        key, key_params, key_reset = jax.random.split(key, 3)
-        env_state, observation = jax.vmap(env.reset)(jax.random.split(key_reset, NUM_ENVS))
-        params = network.init(key_params, observation)
-        carry, _ = jax.lax.scan(update, (params, optimizer.init(params), env_state, observation, key), None, rollouts)
-        return carry[0], jnp.asarray(rollouts * ROLLOUT)
-
-    return run
-
-
 def measure_loops(works: Any, repeats: int) -> dict[str, Any]:
     """Steps per second of each loop, seconds of compilation, greedy returns, and how many times as fast ours is."""
     measured = {}
     for env_id, env_args, rollouts, seeds in works:
         env = make(env_id, **env_args)
-        network = ActorCritic(int(env.action_space.n))
         keys = jax.random.split(jax.random.key(0), (repeats + 1, seeds))
-        play = evaluate(_agent(env, network), env, num_episodes=20, max_steps=env.time_limit or 2_500)
-
-        def greedy(params: Any, key: chex.PRNGKey, play: Any = play) -> chex.Array:
-            learner = PPOState(params, (), (), (), ())
-            return play(AgentState(learner, *[()] * 5), key).mean()
-
+        play = jax.jit(over_seeds(lambda params, key, env=env: policy_loops.greedy_return(env, params, key, EPISODES)))
         programs: dict[str, Any] = {}
         result: dict[str, dict[str, Any]] = {}
-        for name, build in (("ours", ours), ("PureJaxRL style", purejaxrl_style)):
+        for name, build in LOOPS.items():
+            if name == REJAX and importlib.util.find_spec("rejax") is None:
+                print("rejax is skipped: it is not installed")
+                continue
             begin = time.perf_counter()
-            programs[name] = jax.jit(over_seeds(build(env, network, rollouts))).lower(keys[0]).compile()
-            result[name] = {"compile_seconds": time.perf_counter() - begin, "speeds": [], "returns": []}
-            jax.block_until_ready(programs[name](keys[0]))  # The first call of a program also allocates.
+            programs[name] = jax.jit(over_seeds(build(env, rollouts))).lower(keys[0]).compile()
+            compile_seconds = time.perf_counter() - begin
+            _, steps = programs[name](keys[0])  # The first call of a program also allocates: it is not timed.
+            result[name] = {"compile_seconds": compile_seconds, "steps": np.asarray(steps).tolist(), "speeds": [], "returns": []}
+        made = {name: one["steps"] for name, one in result.items()}
+        if any(steps != [rollouts * policy_loops.ROLLOUT] * seeds for steps in made.values()):
+            raise RuntimeError(f"the loops did not make the same steps: {made}")
         for turn in range(repeats):
             for name in list(programs)[:: -1 if turn % 2 else 1]:
                 begin = time.perf_counter()
-                params, steps = jax.block_until_ready(programs[name](keys[turn + 1]))
-                result[name]["speeds"].append(int(np.sum(np.asarray(steps))) / (time.perf_counter() - begin))
-                returns = jax.jit(over_seeds(greedy))(params, keys[turn + 1])
-                result[name]["returns"] += np.asarray(returns).tolist()
-        ratios = [a / b for a, b in zip(result["ours"]["speeds"], result["PureJaxRL style"]["speeds"], strict=True)]
-        title = f"{env_id}, {seeds} seed{'s'[: seeds > 1]}, {rollouts * ROLLOUT:,} steps each"
-        measured[title] = {"contenders": result, "ratio": report.spread(ratios)}
-        rows = []
-        for name, one in result.items():
-            speed = report.spread(one["speeds"])
-            returns = f"{np.mean(one['returns']):.1f} ({min(one['returns']):.1f})"
-            ratio = report.spread(ratios) if name != "ours" else None
-            rows.append((name, _range(speed, ",.0f"), f"{one['compile_seconds']:.1f}", returns, _range(ratio, ".2f") if ratio else "1"))
-        report.table(f"PPO, {title}", ("", "steps/s", "compile s", "greedy return (worst)", "ours, times as fast"), rows)
+                params, _ = jax.block_until_ready(programs[name](keys[turn + 1]))
+                result[name]["speeds"].append(seeds * rollouts * policy_loops.ROLLOUT / (time.perf_counter() - begin))
+                result[name]["returns"] += np.asarray(play(params, keys[turn + 1])).tolist()
+        title = f"{env_id}, {seeds} seed{'s'[: seeds > 1]}, {rollouts * policy_loops.ROLLOUT:,} steps each"
+        for one in result.values():
+            one["ratio"] = report.spread([a / b for a, b in zip(result["ours"]["speeds"], one["speeds"], strict=True)])
+        measured[title] = result
+        show_loops(title, result)
     return measured
+
+
+def show_loops(title: str, result: dict[str, dict[str, Any]]) -> None:
+    """Prints a table of what ``measure_loops`` found for one piece of work."""
+    rows = []
+    for name, one in result.items():
+        returns = f"{np.mean(one['returns']):.1f} ({min(one['returns']):.1f})"
+        speed, ratio = _range(report.spread(one["speeds"]), ",.0f"), _range(one["ratio"], ".2f") if name != "ours" else "1"
+        rows.append((name, speed, f"{one['compile_seconds']:.1f}", returns, ratio))
+    report.table(f"PPO, {title}", ("", "steps/s", "compile s", "greedy return (worst)", "ours, times as fast"), rows)
 
 
 def _range(values: dict[str, float], spec: str) -> str:
@@ -369,8 +256,8 @@ def main() -> None:
     repeats = 2 if options.quick else options.repeats
     everything: dict[str, Any] = {"device": str(jax.devices()[0])}
     if "ppo" in options.only:
-        everything["ppo"] = measure_loops(QUICK_LOOPS if options.quick else LOOPS, repeats)
-    if "sac" in options.only:
+        everything["ppo"] = measure_loops(QUICK_WORKS if options.quick else WORKS, repeats)
+    if "sac" in options.only and not options.spread:  # One update has one device.
         everything["sac"] = measure_sac(repeats, options.torch_threads, options.quick)
     report.write(options.out, everything)
 
