@@ -1,8 +1,8 @@
 r"""SAC: learn the value of acting well and at random, and a policy that is as random as a given entropy asks.
 
 With :math:`v(o) = E_{a \sim \pi}[\min_i q_i(o, a) - \alpha \log \pi(a | o)]`, an update moves the twin critics down the gradient of
-:math:`(R + D\, \bar v(o') - q_i(o, a))^2`, where :math:`\bar v` uses the target critics; then the policy up that of :math:`v(o)`; then the
-temperature :math:`\alpha` down that of :math:`\alpha (H - \bar H)`, :math:`H` the policy's entropy and :math:`\bar H` its target; last the
+:math:`(R + D\, \bar v(o') - q_i(o, a))^2`, where :math:`\bar v` uses the target critics; then the policy up that of :math:`v(o)`; then
+:math:`\log \alpha` down that of :math:`\log \alpha\, (H - \bar H)`, :math:`H` the policy's entropy and :math:`\bar H` its target; last the
 target critics a part of the way to the critics.
 
 Haarnoja et al., "Soft actor-critic algorithms and applications" (2018), equations 5, 7, 9 and 18, for actions of numbers (``sac``).
@@ -14,7 +14,8 @@ Differs from the papers in:
   2. Returns may span n steps; rewards on the way carry no entropy, the value at their end does.
   3. The temperature is kept below a bound: for numbered actions the paper's target, 0.98 of the largest entropy, is often out of reach,
      and the temperature then grows without end. Where actions are forbidden, the target is a share of what the allowed ones can have.
-  4. ``log alpha`` is learnt by the gradient with respect to itself of ``alpha (H - target)``, as in the authors' code.
+  4. The temperature is learnt through its logarithm by a gradient that does not shrink with it (equation 18 has ``alpha (H - target)``),
+     as in Dopamine and SB3. Adam, whose second moment remembers larger gradients, otherwise makes a falling temperature fall slower.
   5. Where a replay weighs what it hands out, the weights correct the critics only; policy and temperature are learnt for what was drawn.
 """
 
@@ -290,8 +291,8 @@ def _soft_actor_critic(
         learner = learner._replace(actor=optax.apply_updates(learner.actor, changes), actor_opt=actor_opt)
 
         surplus = jnp.mean(entropy - head.target(policies.split_mask(t.observation)[1]))
-        grad = temperature * surplus  # Of alpha (H - target), with respect to log alpha.
-        change, temperature_opt = optimizers.temperature.update(grad, learner.temperature_opt, learner.log_temperature)
+        # The surplus is the gradient of log alpha (H - target) with respect to log alpha.
+        change, temperature_opt = optimizers.temperature.update(surplus, learner.temperature_opt, learner.log_temperature)
         log_temperature = jnp.minimum(learner.log_temperature + change, jnp.log(max_temperature))
         targets = optax.incremental_update(learner.critics, learner.target_critics, tau)
         learner = learner._replace(log_temperature=log_temperature, temperature_opt=temperature_opt, target_critics=targets)
