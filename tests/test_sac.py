@@ -437,7 +437,7 @@ def test_the_temperature_steers_to_a_share_of_the_entropy_that_allowed_actions_c
     policy, log_policy = policy_of(np.asarray(start.actor["w"], np.float64), given.transition.observation, allowed)
     entropy, target = -(policy * log_policy).sum(axis=1), share * np.log(allowed.sum(axis=1))
     moved = float(after.log_temperature - start.log_temperature)
-    np.testing.assert_allclose(moved, -alpha * (entropy - target).mean(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(moved, -(entropy - target).mean(), rtol=1e-4, atol=1e-5)  # However low the temperature is.
     assert (moved < 0) == (entropy.mean() > target.mean())
     np.testing.assert_allclose(feedback.metrics["temperature"], alpha, rtol=1e-6)
 
@@ -464,9 +464,9 @@ def test_the_target_by_default_is_minus_one_for_each_number():
 
 
 @functools.cache
-def lever(share, limit, updates=2_000):
+def lever(share, limit, updates=4_000):
     """Two actions, one of which pays 1: the temperatures and the entropies over many updates of everything."""
-    optimizers = Optimizers(*(optax.adam(rate) for rate in (3e-2, 3e-2, 1e-2)))
+    optimizers = Optimizers(*(optax.adam(rate) for rate in (3e-2, 3e-2, 3e-3)))
     algorithm = discrete_sac(table(2), table(2), optimizers, num_actions=2, target_entropy=share, tau=0.05, max_temperature=limit)
     ones, action = np.ones((2, 1), np.float32), np.arange(2, dtype=np.int32)
     given = Batch(Transition(ones, action, action[:, None].astype(np.float32), 0 * ones, ones, ones > 0))
