@@ -34,9 +34,9 @@ EPISODES = 20  # Of a greedy evaluation.
 # Environment, its arguments, rollouts, and seeds trained at once.
 WORKS: tuple[tuple[str, dict[str, Any], int, int], ...] = (
     ("phys2d/CartPole-v1", {"polemass_length": 0.05}, 40, 1),
-    ("phys2d/CartPole-v1", {"polemass_length": 0.05}, 20, 16),
+    ("phys2d/CartPole-v1", {"polemass_length": 0.05}, 10, 16),
     ("pgx/minatar-breakout", {}, 20, 1),
-    ("pgx/minatar-breakout", {}, 10, 16),
+    ("pgx/minatar-breakout", {}, 5, 16),
 )
 QUICK_WORKS: tuple[tuple[str, dict[str, Any], int, int], ...] = (("phys2d/CartPole-v1", {"polemass_length": 0.05}, 2, 2),)
 SAC_SHAPE = (17, 6)  # Numbers in an observation and in an action, as in HalfCheetah.
