@@ -81,7 +81,8 @@ def load(path: str | os.PathLike, template: chex.ArrayTree) -> tuple[Any, dict[s
     expected = _forms(template)
     if problems := _differences(saved, expected):
         raise CheckpointError(
-            f"{path} does not fit this agent; build the agent with the options it was saved with ({manifest['info']}):\n  {problems}"
+            f"{path} does not fit this agent; build the agent with the spaces and the options it was saved with (beside it stands "
+            f"{manifest['info']}):\n  {problems}"
         )
     try:
         with safe_open(path, framework="numpy") as file:

@@ -22,6 +22,7 @@ from gymnasium.wrappers import RecordVideo
 from dqn_jax import envs
 from dqn_jax.bench.command import SECTIONS, bench
 from dqn_jax.experiment import say, train
+from dqn_jax.options import elsewhere
 from dqn_jax.presets.reading import encoder_of
 from dqn_jax.presets.table import ALGORITHMS
 from dqn_jax.programs import compute_inline, device_per_core, usable_cores
@@ -46,7 +47,8 @@ class Train:
     algo: Literal[tuple(ALGORITHMS)] = "dqn"  # type: ignore[valid-type]
     """The algorithm; which presets and options there are depends on it (dqn-jax train --algo ppo --help)."""
     steps: int | None = None
-    """Environment steps for each seed (default: 50000; with --resume: as before)."""
+    """Environment steps for each seed (default: 50000; with --resume: as before). A JAX environment makes some more, to whole updates; what
+    follows a schedule of its own number of steps does not stretch with this."""
     seed: int = 0
     """Seed of the first agent; the others follow."""
     seeds: int = 1
@@ -118,6 +120,9 @@ def main(args: list[str] | None = None) -> None:
     """The console script. Errors that a user can mend are one line on standard error, and exit status 2; 1 if a benchmark failed."""
     args = sys.argv[1:] if args is None else args
     default = _train_default(args)
+    if args[:1] == ["train"] and (foreign := _foreign_flag(args, default)):
+        say(f"error: {foreign}")
+        sys.exit(2)
     train_command: Any = tyro.conf.subcommand("train", default=default)
     eval_command, bench_command = tyro.conf.subcommand("eval"), tyro.conf.subcommand("bench")
     commands: Any = Annotated[type(default), train_command] | Annotated[Eval, eval_command] | Annotated[Bench, bench_command]
@@ -152,6 +157,17 @@ def _train_default(args: list[str]) -> Any:
     ]
     kind: Any = dataclasses.make_dataclass("Train", fields, bases=(Train,), frozen=True, namespace={"__doc__": Train.__doc__})
     return kind(algo=algo, options=preset.options(**preset.sets[chosen]))
+
+
+def _foreign_flag(args: list[str], command: Any) -> str | None:
+    """What to give for the first flag that is another library's, or None where there is none."""
+    names = {field.name for kind in (command, command.options) for field in dataclasses.fields(kind)}
+    for flag in (arg.partition("=")[0] for arg in args if arg.startswith("--")):
+        name = flag[2:].replace("-", "_")
+        hint = None if name in names else elsewhere(name, names)
+        if hint:
+            return f"{command.algo} has no option {flag}: {hint}"
+    return None
 
 
 def _named(args: list[str], flag: str, known: list[str], otherwise: str) -> str:

@@ -254,7 +254,16 @@ class OnlineAgent:
           FileNotFoundError: if there is no such file.
           dqn_jax.CheckpointError: if it is no checkpoint, is damaged, or holds arrays of other shapes or dtypes than this agent has.
         """
-        self.restore(checkpoint.load(path, self._stepper.snapshot(self._stepper.live_state()))[0])
+        try:
+            state, _ = checkpoint.load(path, self._stepper.snapshot(self._stepper.live_state()))
+        except checkpoint.CheckpointError as error:
+            saved, own = checkpoint.read_info(path).get("agent"), type(self).__name__
+            if saved in (None, own):
+                raise
+            raise checkpoint.CheckpointError(
+                f"{path} holds an agent of the class {saved}, and this is a {own}: load it with a {saved}"
+            ) from error
+        self.restore(state)
 
     def compile(self) -> None:
         """Compiles everything now, so that no later call waits for it. The agent does not change: this works on copies.

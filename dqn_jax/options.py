@@ -16,6 +16,7 @@ ELSEWHERE = {
     "actor_lr": ("learning_rate",),
     "q_lr": ("critic_learning_rate",),
     "critic_lr": ("critic_learning_rate",),
+    "discount": ("gamma",),
     "buffer_size": ("capacity",),
     "learning_starts": ("replay_start_size",),
     "train_freq": ("update_interval",),
@@ -23,29 +24,58 @@ ELSEWHERE = {
     "gradient_steps": ("updates_per_interval",),
     "n_times_update": ("updates_per_interval",),
     "target_network_frequency": ("target_update_interval",),
+    "target_update_interval": ("tau",),
     "soft_update_tau": ("tau",),
     "minibatch_size": ("batch_size",),
-    "num_minibatches": ("batch_size",),
     "net_arch": ("hidden",),
+    "policy_kwargs": ("hidden",),
+    "activation_fn": ("activation",),
     "n_steps": ("rollout_length",),
     "num_steps": ("rollout_length",),
     "update_interval": ("rollout_length",),
     "n_epochs": ("epochs",),
+    "num_epochs": ("epochs",),
     "update_epochs": ("epochs",),
     "clip_coef": ("clip",),
     "clip_eps": ("clip",),
     "clip_range": ("clip",),
     "clip_range_vf": ("value_clip",),
-    "clip_vloss": ("value_clip",),
     "clip_eps_vf": ("value_clip",),
-    "vf_coef": ("value_coef",),
-    "value_func_coef": ("value_coef",),
     "ent_coef": ("entropy_coef", "initial_temperature"),
     "lambd": ("gae_lambda",),
     "temperature": ("initial_temperature",),
     "entropy_target": ("target_entropy",),
+    "start_e": ("epsilon",),
+    "end_e": ("epsilon",),
+    "exploration_fraction": ("epsilon",),
+    "exploration_initial_eps": ("epsilon",),
+    "exploration_final_eps": ("epsilon",),
 }
-"""What SB3, PFRL and CleanRL call the options: for the hint when somebody uses those names."""
+"""What SB3, PFRL and CleanRL call the options: for the hint when somebody uses those names. The first that an agent has is named."""
+
+ADVICE = {
+    "seed": "it goes into the key of training.run(key), or to the agent that a loop calls, as in dqn_jax.DQN(env, seed=0)",
+    "num_envs": "it goes to dqn_jax.train(agent, env, num_envs=...), or to the agent that a loop calls, as in dqn_jax.DQN(env, num_envs=4)",
+    "num_minibatches": "batch_size is the transitions in a minibatch: rollout_length times num_envs over the number of minibatches",
+    "anneal_lr": "give learning_rate=(start, 0.0, transitions)",
+    "norm_adv": "advantages always are normalised, in each minibatch",
+    "normalize_advantage": "advantages always are normalised, in each minibatch",
+    "standardize_advantages": "advantages always are normalised, in each minibatch",
+    "clip_vloss": "value_clip is a number, or None where the value is not clipped",
+    "vf_coef": "give value_coef; half of the squared error is weighed, so twice the number where SB3 or PFRL had it, the same for CleanRL",
+    "value_func_coef": "give value_coef; half of the squared error is weighed, so twice the number where SB3 or PFRL had it",
+    "autotune": "the temperature always is learnt, from initial_temperature",
+    "polyak": "tau is 1 minus it",
+}
+"""For names from elsewhere that are no mere renaming: what to do instead."""
+
+
+def elsewhere(name: str, fields: Any) -> str | None:
+    """What an option of another library is here, as a hint, or None where its name is not known. ``fields`` are the names known here."""
+    if name in ADVICE:
+        return ADVICE[name]
+    ours = [field for field in ELSEWHERE.get(name, ()) if field in fields]
+    return f"did you mean {ours[0]}?" if ours else None
 
 
 def named(kind: type, algorithm: str, options: dict[str, Any], others: tuple[str, ...]) -> Any:
@@ -65,9 +95,9 @@ def named(kind: type, algorithm: str, options: dict[str, Any], others: tuple[str
     for name in options:
         if name not in fields:
             everything = sorted([*fields, *others])
-            near = [ours for ours in ELSEWHERE.get(name, ()) if ours in fields] or difflib.get_close_matches(name, everything, 1, 0.5)
+            near = difflib.get_close_matches(name, everything, 1, 0.75)  # A slip of the pen, not any word that is a little like it.
             hint = f"did you mean {near[0]}?" if near else f"the options are {', '.join(everything)}"
-            raise TypeError(f"{algorithm} has no option {name!r}: {hint}")
+            raise TypeError(f"{algorithm} has no option {name!r}: {elsewhere(name, fields) or hint}")
     made = kind(**options)
     for name, field in fields.items():
         value = getattr(made, name)

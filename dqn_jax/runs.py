@@ -249,7 +249,10 @@ def load_run(folder: str | os.PathLike, env: Any, *, seed: int = 0, num_envs: in
     task = read_task(Path(folder))
     online: Any = ALGORITHMS[task.algo].online
     fresh = online(env, num_envs=num_envs, **task.options)
-    learner = best_learner(Path(folder), seed, fresh.agent, fresh.observation_space)
+    try:
+        learner = best_learner(Path(folder), seed, fresh.agent, fresh.observation_space)
+    except checkpoint.CheckpointError as error:
+        raise checkpoint.CheckpointError(f"the run at {folder} trained in {task.env}; {error}") from error
     return online.from_state(env, fresh.state._replace(learner=learner), num_envs=num_envs, **task.options)
 
 

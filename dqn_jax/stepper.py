@@ -74,6 +74,11 @@ class Stepper:
         if state is None:
             self.restart(jax.jit(agent.init)(jax.random.key(seed), example))
         else:
+            if type(state.learner) is not type(fresh.learner):
+                given, own = type(state.learner).__name__, type(fresh.learner).__name__
+                raise ValueError(
+                    f"the state holds a {given}, and this agent learns a {own}: hand it to an agent of the algorithm it is from"
+                )
             checkpoint.require_fit(state, fresh, f"this agent of {num_envs} environment(s)")
             self.restart(jax.tree.map(jnp.copy, state))
 

@@ -132,7 +132,8 @@ def train(agent: Agent, env: Env, *, num_steps: int, num_envs: int = 1, history_
     Args:
       agent: from ``assemble`` or a preset.
       env: a JAX environment.
-      num_steps: transitions to collect, over all environments.
+      num_steps: transitions to collect, over all environments; rounded up to whole intervals between updates, for PPO whole rollouts, and
+        to as many of these in each point of the history.
       num_envs: environments N that feed one agent.
       history_length: points of the history, at most.
 

@@ -282,7 +282,11 @@ CONSTRUCTION = [
     ((spaces.Sequence(FLOAT_BOX), PLAIN[1]), NotImplementedError, "is not supported; supported are Box, Discrete"),
     ((spaces.Dict({"a": spaces.Graph(FLOAT_BOX, None)}), PLAIN[1]), NotImplementedError, "observation space Graph"),
     ((PLAIN[0],), TypeError, "expected an environment or the pair"),
-    ("CartPole-v1", TypeError, "expected an environment or the pair (observation_space, action_space), got str"),
+    (
+        "CartPole-v1",
+        TypeError,
+        "expected an environment or the pair (observation_space, action_space), got str 'CartPole-v1': make it with",
+    ),
     ((4, 2), TypeError, "expected an environment or the pair"),
 ]
 
@@ -556,6 +560,35 @@ def test_a_state_of_another_agent_is_refused(agents):
         DQN.from_state(PLAIN, stacked, **SMALL)
 
 
+def test_what_another_algorithm_learnt_is_refused_by_name(agents, tmp_path):
+    path = tmp_path / "dqn"
+    agents["plain"].save(path)
+    agent = PPO(PLAIN, **ROLLOUT)
+    with pytest.raises(CheckpointError, match="holds an agent of the class DQN, and this is a PPO: load it with a DQN$"):
+        agent.load(path)
+    with pytest.raises(ValueError, match="the state holds a DQNState, and this agent learns a PPOState: hand it to an agent of the algo"):
+        PPO.from_state(PLAIN, agents["plain"].state, **ROLLOUT)
+
+
+@pytest.mark.parametrize("build", [dqn_jax.dqn, dqn_jax.ppo, dqn_jax.sac])
+def test_the_pure_agents_say_where_seed_and_environments_go(build):
+    with pytest.raises(TypeError, match=r"no option 'num_envs': it goes to dqn_jax.train\(agent, env, num_envs=...\), or to"):
+        build(PLAIN, num_envs=4)
+    with pytest.raises(TypeError, match=r"no option 'seed': it goes into the key of training.run"):
+        build(PLAIN, seed=1)
+
+
+@pytest.mark.parametrize(("space", "entropy"), [(FLOAT_BOX, 3.0), (spaces.Box(-1, 1, (), np.float32), 0.7)])
+def test_an_entropy_beyond_that_of_a_uniform_policy_is_refused(space, entropy):
+    with pytest.raises(ValueError, match=r"target_entropy must be in \[-inf, "):
+        SAC((PLAIN[0], space), target_entropy=entropy, **REPLAY)
+
+
+def test_bounds_whose_distance_is_beyond_32_bits_are_refused():
+    with pytest.raises(ValueError, match="unbounded, or too wide for 32 bits"):
+        SAC((PLAIN[0], spaces.Box(-3e38, 3e38, (1,), np.float64)), **REPLAY)
+
+
 # PPO and SAC: what they do not share with DQN.
 
 ROLLOUT = {"network": policy_and_value(2), "optimizer": optax.sgd(1e-6), "rollout_length": 4, "batch_size": 4}
@@ -622,6 +655,10 @@ PPO_OPTIONS = [
     ({"ent_coef": 0.1}, TypeError, "did you mean entropy_coef?"),
     ({"n_epochs": 3}, TypeError, "did you mean epochs?"),
     ({"minibatch_size": 4}, TypeError, "did you mean batch_size?"),
+    ({"num_minibatches": 4}, TypeError, "PPO has no option 'num_minibatches': batch_size is the transitions in a minibatch"),
+    ({"vf_coef": 0.5}, TypeError, "give value_coef; half of the squared error is weighed"),
+    ({"anneal_lr": True}, TypeError, "give learning_rate=(start, 0.0, transitions)"),
+    ({"stats_window_size": 4}, TypeError, "PPO has no option 'stats_window_size': the options are"),
     ({"zzz": 1}, TypeError, "PPO has no option 'zzz': the options are activation, batch_size, clip, "),
     ({"rollout_length": 0}, ValueError, "rollout_length must be at least 1, got 0"),
     ({"rollout_length": 4.0}, TypeError, "rollout_length must be a whole number, got 4.0"),
@@ -634,7 +671,7 @@ PPO_OPTIONS = [
     ({"gae_lambda": 1.5}, ValueError, "gae_lambda must be in [0, 1], got 1.5"),
     ({"gae_lambda": None}, TypeError, "gae_lambda must be a number, got None"),
     ({"clip": 0}, ValueError, "clip must be in (0, inf], got 0"),
-    ({"clip": None}, TypeError, "clip must be a number, got None: a large one never clips"),
+    ({"clip": None}, TypeError, "clip must be a number, got None: ratios never exceed 20, so 20 clips none"),
     ({"clip": "x"}, TypeError, "clip must be a number, got 'x'"),
     ({"value_clip": 0.0}, ValueError, "value_clip must be in (0, inf], got 0.0"),
     ({"value_coef": -1}, ValueError, "value_coef must be in [0, inf], got -1"),
@@ -677,9 +714,12 @@ SAC_OPTIONS = [
     ({"critic_learning_rate": 0}, ValueError, "critic_learning_rate must be in (0, inf], got 0"),
     ({"critic_learning_rate": "x"}, TypeError, "critic_learning_rate must be a number, got 'x'"),
     ({"initial_temperature": 0}, ValueError, "initial_temperature must be in (0, inf], got 0"),
-    ({"initial_temperature": 11.0}, ValueError, "initial_temperature must be in (0, max_temperature], got 11.0 and 10.0"),
+    ({"initial_temperature": 11.0}, ValueError, "initial_temperature must be in [0.0001, max_temperature], got 11.0 and 10.0"),
     ({"ent_coef": 0.1}, TypeError, "did you mean initial_temperature?"),
     ({"q_lr": 0.1}, TypeError, "did you mean critic_learning_rate?"),
+    ({"target_network_frequency": 1}, TypeError, "SAC has no option 'target_network_frequency': the options are"),
+    ({"target_update_interval": 1}, TypeError, "did you mean tau?"),
+    ({"alpha": 0.2}, ValueError, "alpha=0.2 is how much priorities count, and prioritized is False: give prioritized=True, or"),
     ({"initial_temperature": None}, TypeError, "initial_temperature must be a number, got None"),
     ({"max_temperature": "x"}, TypeError, "max_temperature must be a number, got 'x'"),
     ({"reward_scale": 0}, ValueError, "reward_scale must be in (0, inf], got 0"),

@@ -301,7 +301,9 @@ REFUSED = [
     (["train", HOST, "--epsilon", 1, 2, 3], "epsilon's end"),
     (["train", HOST, "--preset", "dek"], "deck"),
     (["train", HOST, "--algo", "a2c"], "dqn"),
-    (["train", "Pendulum-v1"], "use an algorithm for continuous actions"),
+    (["train", "Pendulum-v1"], "use PPO (--algo ppo), or SAC (--algo sac)"),
+    (["train", HOST, "--algo", "ppo", "--ent-coef", 0.01], "ppo has no option --ent-coef: did you mean entropy_coef?"),
+    (["train", HOST, "--num_minibatches=4", "--algo", "ppo"], "ppo has no option --num_minibatches: batch_size is the transitions in a"),
     (["train", HOST, "--algo", "ppo", "--preset", "cartpole"], "mujoco"),
     (["train", HOST, "--algo", "ppo", "--replay-start-size", 10], "--replay-start-size"),
     (["train", HOST, "--algo", "ppo", "--rollout-length", 100, "--batch-size", 64], "does not divide"),
@@ -412,6 +414,8 @@ def test_a_run_becomes_an_agent(finished, summary_of):
         dqn_jax.load_run(folder, env, seed=3)
     with pytest.raises(FileNotFoundError, match="no run at"):
         dqn_jax.load_run(folder / "nowhere", env)
+    with pytest.raises(dqn_jax.CheckpointError, match=f"(?s)trained in {command[1]}; .*does not fit this agent"):
+        dqn_jax.load_run(folder, gymnasium.make("Acrobot-v1"))
 
 
 def test_steps_that_end_before_learning_starts_are_refused(dqn_jax_command):

@@ -194,6 +194,7 @@ def test_a_number_for_the_observation(algorithm):
     if algorithm == "ppo":
         agent, learner, _ = on_policy(AIM.env, 2, 0.0, learning_rate=0.01)
     else:
-        agent, learner, _ = soft(AIM.env, linear(2), PARABOLA, 0.0, target_entropy=-3.0)
+        # As random as by default: a policy that hardly varies fills the replay with what says nothing of the parabola's shape.
+        agent, learner, _ = soft(AIM.env, linear(2), PARABOLA, 0.0, target_entropy=-1.0)
     observations = np.array(list(AIM.best), np.float32)[:, None]
     np.testing.assert_allclose(agent.exploit(learner, observations)[:, 0], list(AIM.best.values()), atol=0.15)

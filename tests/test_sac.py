@@ -10,7 +10,7 @@ import oracle
 import pytest
 
 from dqn_jax import Masked, Transition
-from dqn_jax.algorithms.sac import Optimizers, discrete_sac, sac
+from dqn_jax.algorithms.sac import MIN_TEMPERATURE, Optimizers, discrete_sac, sac
 from dqn_jax.distributions import LOG_STD_RANGE
 from dqn_jax.networks import Network
 from dqn_jax.types import Batch
@@ -496,6 +496,13 @@ def test_the_temperature_never_exceeds_its_bound_where_the_target_is_out_of_reac
     temperature, entropy = lever(1.0, limit)
     assert (temperature <= limit * (1 + 1e-6)).all() and (entropy < np.log(2)).any()
     np.testing.assert_allclose(temperature[-100:], limit, rtol=1e-5)
+
+
+def test_the_temperature_never_falls_below_its_bound_where_the_policy_stays_too_random():
+    # Less entropy than there can be: whatever the policy does exceeds it.
+    temperature, entropy = lever(-1.0, 10.0)
+    assert (temperature >= MIN_TEMPERATURE * (1 - 1e-6)).all() and (entropy >= 0).all()
+    np.testing.assert_allclose(temperature[-100:], MIN_TEMPERATURE, rtol=1e-5)
 
 
 # Acting.

@@ -18,7 +18,8 @@ Differs from the paper in:
   4. Observations are normalised by what earlier rollouts held, the first rollout not at all; rewards by what has come up to and with the
      rollout itself.
   5. The behaviour's log-probability is the one noted when the action was chosen: the first row of a rollout was chosen before the update
-     that precedes it. Ratios are bounded, both ways: a row far beyond, such as that one may become, moves nothing.
+     that precedes it. Ratios are bounded, both ways: a row far beyond, such as that one may become, moves the value and by its entropy
+     the policy, and has no say in whether its action was good.
 """
 
 from typing import Any, NamedTuple
@@ -94,7 +95,7 @@ def ppo(
       to_action: from what the distribution draws ``[D]`` to what the environment takes, for example a clip to its bounds; the ratio is
         of what was drawn.
       epochs: times that each row is learnt from.
-      minibatch_size: rows B in a minibatch; it must divide ``T N``.
+      minibatch_size: rows B in a minibatch; it must divide ``T N``. Advantages of a single row, normalised, are 0: take more.
       clip: how far a ratio may leave 1 and still be rewarded for it.
       gae_lambda: of the advantages, in [0, 1].
       value_coef, entropy_coef: weights of the value's and the entropy's part of the loss.
@@ -201,7 +202,8 @@ def ppo(
             "policy_loss": policy_loss,
             "value_loss": value_loss,
             "entropy": entropy,
-            # Schulman, "Approximating KL divergence" (2020): his third estimator, unbiased and never negative.
+            # Schulman, "Approximating KL divergence" (2020): his third estimator, never negative; of the bounded ratio, so that no single
+            # row ends the learning from a rollout, and too low where the policy has moved far.
             "kl": jnp.mean(ratio - 1 - log_ratio),
             "clipped": jnp.mean(jnp.abs(ratio - 1) > clip),
         }
@@ -230,7 +232,7 @@ def ppo(
             return (*kept, going), {**metrics, "learnt": going.astype(jnp.float32)}
 
         def epoch(carry: tuple[Any, ...], key: chex.PRNGKey) -> tuple[tuple[Any, ...], dict[str, chex.Array]]:
-            # One sort by random bits: jax.random.permutation sorts twice, to be right for far longer vectors.
+            # One sort by random bits: jax.random.permutation sorts twice from 1,626 rows on, to be right for far longer vectors.
             order = jnp.argsort(jax.random.bits(key, (num_rows,), jnp.uint32))
             return jax.lax.scan(minibatch, carry, order.reshape(-1, minibatch_size))
 

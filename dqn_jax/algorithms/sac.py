@@ -12,8 +12,9 @@ exact sums.
 Differs from the papers in:
   1. Truncated episodes bootstrap; only terminated ones do not.
   2. Returns may span n steps; rewards on the way carry no entropy, the value at their end does.
-  3. The temperature is kept below a bound: for numbered actions the paper's target, 0.98 of the largest entropy, is often out of reach,
-     and the temperature then grows without end. Where actions are forbidden, the target is a share of what the allowed ones can have.
+  3. The temperature is kept between bounds. For numbered actions the paper's target, 0.98 of the largest entropy, is often out of reach,
+     and the temperature then grows without end; where the policy stays more random than its target, it falls without end, and would take as
+     long to come back. Where actions are forbidden, the target is a share of what the allowed ones can have.
   4. The temperature is learnt through its logarithm by a gradient that does not shrink with it (equation 18 has ``alpha (H - target)``),
      as in Dopamine and SB3. Adam, whose second moment remembers larger gradients, otherwise makes a falling temperature fall slower.
   5. Where a replay weighs what it hands out, the weights correct the critics only; policy and temperature are learnt for what was drawn.
@@ -29,6 +30,8 @@ import optax
 
 from dqn_jax import distributions, policies, returns
 from dqn_jax.types import Algorithm, Batch, Decision, Feedback, Transition
+
+MIN_TEMPERATURE = 1e-4  # An entropy of a few nats is then worth less than a thousandth of a reward of 1.
 
 
 class SACState(NamedTuple):
@@ -108,14 +111,15 @@ def sac(
       target_entropy: of the policy over actions in [-1, 1], in nats; by default -D.
       warmup: transitions stored before which actions are uniform.
       tau: how far the target critics go to the critics after each update.
-      initial_temperature, max_temperature: where the temperature begins, and what it never exceeds.
+      initial_temperature, max_temperature: where the temperature begins, and what it never exceeds; it never falls below
+        MIN_TEMPERATURE, 1e-4.
       reward_scale: factor of the rewards.
 
     Returns:
       An ``Algorithm`` whose learner is a ``SACState``.
 
     Raises:
-      ValueError: on a negative warmup, or a temperature that does not begin in (0, max_temperature].
+      ValueError: on a negative warmup, or a temperature that does not begin in [MIN_TEMPERATURE, max_temperature].
     """
     low, high = jnp.asarray(low, jnp.float32), jnp.asarray(high, jnp.float32)
     num_dims = low.size
@@ -221,8 +225,10 @@ def _soft_actor_critic(
     if warmup < 0:
         raise ValueError(f"warmup must be at least 0, got {warmup}")
     swept = isinstance(initial_temperature, jax.core.Tracer) or isinstance(max_temperature, jax.core.Tracer)  # Nobody can check these here.
-    if not swept and not 0 < initial_temperature <= max_temperature:
-        raise ValueError(f"initial_temperature must be in (0, max_temperature], got {initial_temperature} and {max_temperature}")
+    if not swept and not MIN_TEMPERATURE <= initial_temperature <= max_temperature:
+        raise ValueError(
+            f"initial_temperature must be in [{MIN_TEMPERATURE}, max_temperature], got {initial_temperature} and {max_temperature}"
+        )
 
     def init(key: chex.PRNGKey, observation: chex.ArrayTree) -> SACState:
         observation = policies.split_mask(observation)[0]
@@ -293,7 +299,7 @@ def _soft_actor_critic(
         surplus = jnp.mean(entropy - head.target(policies.split_mask(t.observation)[1]))
         # The surplus is the gradient of log alpha (H - target) with respect to log alpha.
         change, temperature_opt = optimizers.temperature.update(surplus, learner.temperature_opt, learner.log_temperature)
-        log_temperature = jnp.minimum(learner.log_temperature + change, jnp.log(max_temperature))
+        log_temperature = jnp.clip(learner.log_temperature + change, jnp.log(MIN_TEMPERATURE), jnp.log(max_temperature))
         targets = optax.incremental_update(learner.critics, learner.target_critics, tau)
         learner = learner._replace(log_temperature=log_temperature, temperature_opt=temperature_opt, target_critics=targets)
         return learner, Feedback(

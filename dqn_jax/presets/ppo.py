@@ -120,7 +120,7 @@ def ppo_options(**options: Any) -> PPOOptions:
         if getattr(o, name) is not None:
             require_number(name, getattr(o, name), 0, math.inf, open_low=True)
     if o.clip is None:
-        raise TypeError("clip must be a number, got None: a large one never clips")
+        raise TypeError("clip must be a number, got None: ratios never exceed 20, so 20 clips none")
     if not isinstance(o.shared, bool | None):
         raise TypeError(f"shared must be True, False or None, got {o.shared!r}")
     require_widths(o.hidden)
@@ -195,7 +195,10 @@ def distribution_of(action_space: gymnasium.Space) -> tuple[Distribution, Callab
         return distributions.categorical(spaces.num_actions(action_space, "PPO")), None, 0
     if isinstance(action_space, gymnasium.spaces.MultiDiscrete):
         if len(action_space.shape) != 1 or np.any(action_space.start):
-            raise NotImplementedError(f"choices must stand in one row and start at 0, got {action_space}: wrap the environment")
+            raise NotImplementedError(
+                f"a MultiDiscrete must be one row of choices that start at 0, got {action_space}: flatten and shift them with a "
+                "gymnasium.ActionWrapper"
+            )
         return distributions.multi_categorical(tuple(map(int, action_space.nvec))), None, 0
     if isinstance(action_space, gymnasium.spaces.Box) and np.issubdtype(action_space.dtype, np.floating):
         size = math.prod(action_space.shape)

@@ -31,7 +31,8 @@ def read_spaces(env_or_spaces: Any) -> tuple[gymnasium.Space, gymnasium.Space, i
         return env_or_spaces.observation_space, env_or_spaces.action_space, None
     if isinstance(env_or_spaces, tuple) and len(env_or_spaces) == 2 and all(isinstance(s, gymnasium.Space) for s in env_or_spaces):
         return *env_or_spaces, None
-    raise TypeError(f"expected an environment or the pair (observation_space, action_space), got {type(env_or_spaces).__name__}")
+    make = f" {env_or_spaces!r}: make it with gymnasium.make" if isinstance(env_or_spaces, str) else ""
+    raise TypeError(f"expected an environment or the pair (observation_space, action_space), got {type(env_or_spaces).__name__}{make}")
 
 
 def read_env(env_or_spaces: Any, num_envs: int | None, seed: int) -> tuple[gymnasium.Space, gymnasium.Space, int]:

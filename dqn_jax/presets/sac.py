@@ -5,6 +5,7 @@ import math
 from typing import Any, Literal
 
 import gymnasium
+import jax
 import numpy as np
 import optax
 
@@ -38,10 +39,11 @@ class SACOptions:
     """Widths of the hidden layers of the policy and of both critics; by default (256, 256), behind Nature's convolutions (512,), behind
     MinAtar's (128,)."""
     target_entropy: float | None = None
-    """The entropy that the temperature is steered to. For actions of D numbers: in nats, over actions in [-1, 1]; by default -D. For
-    numbered actions: as a share of the largest possible, in [0, 1]; by default 0.7 with up to four actions, else 0.89."""
+    """The entropy that the temperature is steered to. For actions of D numbers: in nats, over actions in [-1, 1], at most the 0.69 D of a
+    uniform policy; by default -D. For numbered actions: as a share of the largest possible, in [0, 1]; by default 0.7 with up to four
+    actions, else 0.89."""
     initial_temperature: float = 1.0
-    """Where the temperature begins."""
+    """Where the temperature begins, at least 0.0001, below which it never falls."""
     max_temperature: float = 10.0
     """What the temperature never exceeds."""
     reward_scale: float = 1.0
@@ -57,7 +59,7 @@ class SACOptions:
     prioritized: bool = False
     """Draw transitions in proportion to their last TD error."""
     alpha: float = 0.6
-    """How much priorities count: 0 is uniform, 1 in full; unused unless prioritized."""
+    """How much priorities count: 0 is uniform, 1 in full; only beside prioritized. (The temperature is no option: it is learnt.)"""
     beta: tuple[float, float, int] | float = (0.4, 1.0, 100_000)
     """How far importance weights make up for prioritization: start, end and the transitions between (linear); or a constant; in Python
     also an optax schedule. Unused unless prioritized."""
@@ -75,8 +77,7 @@ SAC_PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     # After SB3's zoo.
     "pendulum": {"learning_rate": 1e-3},
-    # After Dopamine, whose target entropy is -D/2: give target_entropy beside it (-3 for HalfCheetah's six numbers).
-    "mujoco": {"replay_start_size": 10_000, "reward_scale": 0.1},
+    "mujoco": {"replay_start_size": 10_000},
     "cartpole": {"hidden": (64, 64), "learning_rate": 1e-3, "capacity": 50_000},
 }
 """Named sets of options for SAC, named after what they are for."""
@@ -92,6 +93,11 @@ def sac_options(**options: Any) -> SACOptions:
     require_number("tau", o.tau, 0, 1, open_low=True)
     require_widths(o.hidden)
     require_replay(o)
+    if not o.prioritized and not isinstance(o.alpha, jax.core.Tracer) and o.alpha != SACOptions.alpha:
+        raise ValueError(
+            f"alpha={o.alpha} is how much priorities count, and prioritized is False: give prioritized=True, or for where the temperature "
+            "begins initial_temperature"
+        )
     return o
 
 
@@ -121,7 +127,8 @@ def sac(env_or_spaces: Any, *, actor: Any = None, critic: Any = None, optimizers
     if isinstance(action_space, gymnasium.spaces.Discrete) and o.target_entropy is not None:
         require_number("target_entropy", o.target_entropy, 0, 1)  # A share, not nats.
     elif o.target_entropy is not None:
-        require_number("target_entropy", o.target_entropy, -math.inf, math.inf)
+        most = math.prod(action_space.shape or ()) * math.log(2)  # A uniform policy's, over actions in [-1, 1].
+        require_number("target_entropy", o.target_entropy, -math.inf, most)
     require_functions("actor", actor, ("init", "apply"))
     require_functions("critic", critic, ("init", "apply"))
     if not isinstance(optimizers, Optimizers | None):
@@ -166,9 +173,9 @@ def require_actions(action_space: gymnasium.Space) -> None:
             f"SAC needs a Box of floats or a Discrete action space, got {action_space}: PPO serves MultiDiscrete; convert others with a "
             "gymnasium.ActionWrapper"
         )
-    elif not (np.isfinite(action_space.low).all() and np.isfinite(action_space.high).all()):
+    elif not np.isfinite(np.float32(action_space.high / 2) - np.float32(action_space.low / 2)).all():
         raise ValueError(
-            f"SAC squashes actions between bounds, and {action_space} is unbounded: give it bounds with "
+            f"SAC squashes actions between bounds, and {action_space} is unbounded, or too wide for 32 bits: give it bounds with "
             "gymnasium.wrappers.RescaleAction or TransformAction, or use PPO"
         )
     elif not (action_space.low < action_space.high).all():
