@@ -35,8 +35,8 @@ def num_actions(space: spaces.Space, algorithm: str) -> int:
     """
     if not isinstance(space, spaces.Discrete):
         raise ValueError(
-            f"{algorithm} needs a Discrete action space, got {space}: use PPO (--algo ppo), or SAC (--algo sac) for a bounded Box of floats, "
-            "or discretise the actions with a gymnasium.ActionWrapper"
+            f"{algorithm} needs a Discrete action space, got {space}: use PPO (--algo ppo), or SAC (--algo sac) for a bounded Box of "
+            "floats, or discretise the actions with a gymnasium.ActionWrapper"
         )
     if space.start != 0:
         raise NotImplementedError(f"actions must start at 0, got {space}: shift them with gymnasium.wrappers.TransformAction")

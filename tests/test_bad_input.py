@@ -564,7 +564,7 @@ def test_what_another_algorithm_learnt_is_refused_by_name(agents, tmp_path):
     path = tmp_path / "dqn"
     agents["plain"].save(path)
     agent = PPO(PLAIN, **ROLLOUT)
-    with pytest.raises(CheckpointError, match="holds an agent of the class DQN, and this is a PPO: load it with a DQN$"):
+    with pytest.raises(CheckpointError, match=r"holds an agent of the class DQN, and this is a PPO: load it with a DQN$"):
         agent.load(path)
     with pytest.raises(ValueError, match="the state holds a DQNState, and this agent learns a PPOState: hand it to an agent of the algo"):
         PPO.from_state(PLAIN, agents["plain"].state, **ROLLOUT)

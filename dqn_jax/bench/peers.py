@@ -39,6 +39,13 @@ DIFFERENCES = {
     "torch": ("PyTorch's initial parameters",),
     "libtorch": ("the environment is written in C++", "PyTorch's initial parameters"),
     "cleanrl-style": ("reads loss and values back every 100 steps",),
+    "PureJaxRL style": (
+        "every episode's end counts as a termination",
+        "shuffles by jax.random.permutation, which sorts twice",
+        "of the run it keeps the mean loss; ours returns, lengths and all metrics",
+    ),
+    "SB3's SAC": ("logs means of its losses once a call", "PyTorch's initial parameters"),
+    "SBX's SAC": ("draws the batches of a call at once, in NumPy", "logs the last losses of a call"),
     "rejax's ppo": (
         "every episode's end counts as a termination",
         "two optimizers, for policy and value; gradients are clipped number by number",

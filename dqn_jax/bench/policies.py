@@ -70,6 +70,7 @@ class Options:
 def measure_loops(works: Any, repeats: int) -> dict[str, Any]:
     """Steps per second of each loop, seconds of compilation, greedy returns, and how many times as fast ours is."""
     measured = {}
+    jax.jit(lambda x: x + 1)(0)  # The first compilation of a process also sets up the compiler.
     for env_id, env_args, rollouts, seeds in works:
         env = make(env_id, **env_args)
         keys = jax.random.split(jax.random.key(0), (repeats + 1, seeds))
@@ -80,8 +81,9 @@ def measure_loops(works: Any, repeats: int) -> dict[str, Any]:
             if name == REJAX and importlib.util.find_spec("rejax") is None:
                 print("rejax is skipped: it is not installed")
                 continue
+            loop = over_seeds(build(env, rollouts))  # What it needs is imported here.
             begin = time.perf_counter()
-            programs[name] = jax.jit(over_seeds(build(env, rollouts))).lower(keys[0]).compile()
+            programs[name] = jax.jit(loop).lower(keys[0]).compile()
             compile_seconds = time.perf_counter() - begin
             _, steps = programs[name](keys[0])  # The first call of a program also allocates: it is not timed.
             result[name] = {"compile_seconds": compile_seconds, "steps": np.asarray(steps).tolist(), "speeds": [], "returns": []}
@@ -231,7 +233,10 @@ def measure_sac(repeats: int, torch_threads: int, quick: bool) -> dict[str, Any]
         (name, _range(one["update_ms"], ".2f"), f"{one['return']:.0f}", _range(one["ratio"], ".2f") if name != "ours" else "1")
         for name, one in result.items()
     ]
-    title = f"SAC, 2x256, batch {SAC_BATCH}, {SAC_SHAPE[0]} and {SAC_SHAPE[1]} numbers; return: Pendulum-v1 after {LEARN_STEPS:,} steps"
+    title = (
+        f"SAC, 2x256, batch {SAC_BATCH}, {SAC_SHAPE[0]} and {SAC_SHAPE[1]} numbers, {updates} updates a call; SB3 on {torch_threads} "
+        f"thread{'s'[: torch_threads > 1]}; return: Pendulum-v1 after {LEARN_STEPS:,} steps"
+    )
     report.table(title, ("", "update, ms", "return", "ours, times as fast"), rows)
     return result
 
@@ -254,12 +259,21 @@ def main() -> None:
     if options.spread:
         device_per_core()
     repeats = 2 if options.quick else options.repeats
-    everything: dict[str, Any] = {"device": str(jax.devices()[0])}
+    threads = {"inline": options.inline, "spread": options.spread, "torch_threads": options.torch_threads}
+    everything: dict[str, Any] = {"device": str(jax.devices()[0]), **threads, "differences": differences()}
     if "ppo" in options.only:
         everything["ppo"] = measure_loops(QUICK_WORKS if options.quick else WORKS, repeats)
     if "sac" in options.only and not options.spread:  # One update has one device.
         everything["sac"] = measure_sac(repeats, options.torch_threads, options.quick)
+    print("\nWhat they do otherwise, or for themselves alone:")
+    for name, what in everything["differences"].items():
+        print(f"  {name}: {'; '.join(what)}")
     report.write(options.out, everything)
+
+
+def differences() -> dict[str, tuple[str, ...]]:
+    """What the contenders do otherwise, by name."""
+    return {name: peers.DIFFERENCES[name] for name in ("PureJaxRL style", "rejax's ppo", "SB3's SAC", "SBX's SAC")}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """PPO's loops, the environments compiled in: this package's, and one in the style of PureJaxRL. ``peers.py`` has rejax's.
 
-All do the same work on the same network: ``rollouts`` times, NUM_ENVS environments play LENGTH steps, which are learnt from EPOCHS times in
-MINIBATCHES parts, without a schedule of the learning rate.
+All make the same steps and as many updates of the same network: ``rollouts`` times, NUM_ENVS environments play LENGTH steps, which are
+learnt from EPOCHS times in MINIBATCHES parts, without a schedule of the learning rate. What each does otherwise stands in
+``peers.DIFFERENCES``.
 """
 
 from collections.abc import Callable

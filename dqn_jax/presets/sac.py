@@ -173,7 +173,7 @@ def require_actions(action_space: gymnasium.Space) -> None:
             f"SAC needs a Box of floats or a Discrete action space, got {action_space}: PPO serves MultiDiscrete; convert others with a "
             "gymnasium.ActionWrapper"
         )
-    elif not np.isfinite(np.float32(action_space.high / 2) - np.float32(action_space.low / 2)).all():
+    elif not (action_space.high.astype(np.float64) - action_space.low <= np.finfo(np.float32).max).all():
         raise ValueError(
             f"SAC squashes actions between bounds, and {action_space} is unbounded, or too wide for 32 bits: give it bounds with "
             "gymnasium.wrappers.RescaleAction or TransformAction, or use PPO"
