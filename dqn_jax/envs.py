@@ -226,6 +226,9 @@ def _make_gymnax(name: str, env_args: dict[str, Any]) -> Env:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"gymnax/{name} needs gymnax: pip install 'dqn_jax[gymnax]'") from error
     # A gymnax environment takes some options when made (a size) and the others as parameters.
+    if name == "DeepSea-bsuite" and "action_seed" in env_args:
+        env_args = {**env_args, "action_mapping_key": jax.random.key(env_args["action_seed"])}
+        del env_args["action_seed"]
     construct = {key: value for key, value in env_args.items() if not hasattr(gymnax.make(name)[1], key)}
     environment, params = gymnax.make(name, **construct)
     params = _replaced(params, {key: value for key, value in env_args.items() if key not in construct}, name)

@@ -3,6 +3,7 @@
 Anything with these two functions serves as a network; ``from_nnx`` makes such a pair of an NNX module.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -150,14 +151,14 @@ class ConvQNetwork(nn.Module):
           ValueError: if a kernel does not fit the image that reaches it.
         """
         image = self.image(observation)  # [B, H, W, C]
-        x = _convolve([Conv(*each, self.dtype) for each in self.convolutions], image)  # [B, F]
+        x = flatten(_convolve([Conv(*each, self.dtype) for each in self.convolutions], image))  # [B, F]
         for features in self.hidden:
             x = nn.relu(nn.Dense(features, dtype=self.dtype)(x))
         return nn.Dense(self.num_actions, dtype=self.dtype)(x).astype(jnp.float32)  # [B, A]
 
 
-def _convolve(layers: Sequence[Conv], image: chex.Array) -> chex.Array:
-    """Images ``[B, H, W, C]`` through convolutions, each with ReLU, to vectors ``[B, F]``; ValueError if a kernel does not fit."""
+def _convolve(layers: Sequence[Conv], image: chex.Array, activation: Callable[[chex.Array], chex.Array] = nn.relu) -> chex.Array:
+    """Images ``[B, H, W, C]`` through convolutions, each with its activation, to others; ValueError if a kernel does not fit."""
     x = image
     for i, layer in enumerate(layers):
         if min(x.shape[1:3]) < layer.kernel_size:
@@ -166,8 +167,8 @@ def _convolve(layers: Sequence[Conv], image: chex.Array) -> chex.Array:
                 f"its {layer.kernel_size}x{layer.kernel_size} kernel: give smaller kernels or strides (networks.MINATAR suits 10x10), "
                 "enlarge the image, or say where its channels are (spaces.image)"
             )
-        x = nn.relu(layer(x))
-    return x.reshape(x.shape[0], -1)
+        x = activation(layer(x))
+    return x
 
 
 def orthogonal(scale: float) -> Callable[..., chex.Array]:
@@ -211,6 +212,7 @@ class ActorCritic(nn.Module):
       num_free: further outputs that are parameters of their own, the same for every observation, zeros at first: the logarithms of
         standard deviations.
       activation: of the hidden layers.
+      num_values: values V of an observation, one for each stream of rewards.
       dtype: in which to compute, as for ``QNetwork``.
     """
 
@@ -221,11 +223,13 @@ class ActorCritic(nn.Module):
     shared: bool = False
     num_free: int = 0
     activation: Callable[[chex.Array], chex.Array] = nn.tanh
+    num_values: int = 1
     dtype: Any = None
 
     @nn.compact
     def __call__(self, observation: chex.ArrayTree) -> tuple[chex.Array, chex.Array]:
-        """The outputs ``[B, P + num_free]`` and the values ``[B]`` of a batch of observations ``[B, ...]``, float32.
+        """The outputs ``[B, P + num_free]`` and the values of a batch of observations ``[B, ...]``, float32: ``[B]``, or ``[B, V]`` where
+        there are several.
 
         Raises:
           ValueError: if a kernel does not fit the image that reaches it.
@@ -237,17 +241,52 @@ class ActorCritic(nn.Module):
         if self.num_free:
             free = self.param("free", nn.initializers.zeros, (self.num_free,))
             outputs = jnp.concatenate([outputs, jnp.broadcast_to(free, (outputs.shape[0], self.num_free))], axis=-1)
-        return outputs, self._dense(1, 1.0)(for_value)[:, 0].astype(jnp.float32)
+        values = self._dense(self.num_values, 1.0)(for_value).astype(jnp.float32)  # [B, V]
+        return outputs, values[:, 0] if self.num_values == 1 else values
 
     def _hidden(self, x: chex.Array) -> chex.Array:
         if self.convolutions:
             x = _convolve([Conv(*each, self.dtype, orthogonal(SQRT2)) for each in self.convolutions], x)
+            x = x.reshape(x.shape[0], -1)  # [B, F]
         for width in self.hidden:
             x = self.activation(self._dense(width, SQRT2)(x))
         return x
 
     def _dense(self, width: int, scale: float) -> nn.Dense:
         return nn.Dense(width, dtype=self.dtype, kernel_init=orthogonal(scale))
+
+
+class FeatureNetwork(nn.Module):
+    """Features of what a curiosity sees; orthogonal initialisation, zero biases, the last layer linear.
+
+    Attributes:
+      num_features: K.
+      hidden: width of each hidden layer.
+      convolutions: (filters, kernel size, stride) of each, for images; empty for vectors.
+      activation: of all layers but the last; by default Burda et al.'s, TensorFlow's leaky ReLU.
+      scale: of the initialisation.
+      parts: whether to give what the features are made of, too.
+    """
+
+    num_features: int
+    hidden: Sequence[int] = (64,)
+    convolutions: Sequence[tuple[int, int, int]] = ()
+    activation: Callable[[chex.Array], chex.Array] = functools.partial(nn.leaky_relu, negative_slope=0.2)
+    scale: float = SQRT2
+    parts: bool = False
+
+    @nn.compact
+    def __call__(self, x: chex.Array) -> Any:
+        """The features ``[B, K]`` of vectors ``[B, F]`` or images ``[B, H, W, C]``, floats; with ``parts`` also, ``[B, L, C]``, the places of
+        the last convolution's output, or the last hidden layer of a vector as a single part.
+        """
+        parts = x = _convolve([Conv(*each, kernel_init=orthogonal(self.scale)) for each in self.convolutions], x, self.activation)
+        x = x.reshape(x.shape[0], -1)
+        for width in self.hidden:
+            x = self.activation(nn.Dense(width, kernel_init=orthogonal(self.scale))(x))
+        parts = parts.reshape(parts.shape[0], -1, parts.shape[-1]) if self.convolutions else x[:, None]
+        features = nn.Dense(self.num_features, kernel_init=orthogonal(self.scale))(x)
+        return (features, parts) if self.parts else features
 
 
 class ActionValue(nn.Module):

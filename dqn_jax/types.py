@@ -115,6 +115,22 @@ class Algorithm(NamedTuple):
     learn: Callable[..., tuple[Any, Feedback]]
 
 
+class Curiosity(NamedTuple):
+    """The urge: what makes the agent pay itself for seeing what it does not know yet. It knows no algorithm.
+
+    Transitions have leading axes ``[B]``, or ``[T, N]`` where they are a rollout in order of time.
+
+    Attributes:
+      init: ``(key, observation[N]) -> state``.
+      reward: ``(state, transition) -> `` the bonus of each transition, of the shape of its reward.
+      learn: ``(state, transition, key) -> (state, metrics)``: takes in what was seen; ``metrics`` is a dict of scalars.
+    """
+
+    init: Callable[..., Any]
+    reward: Callable[..., chex.Array]
+    learn: Callable[..., tuple[Any, Any]]
+
+
 class Storage(NamedTuple):
     """Where a memory keeps its transitions, and how it finds them again. Which are drawn is the memory's business.
 

@@ -17,7 +17,9 @@ Differs from the paper in:
      normalised and rewards scaled by what was seen so far: each an option.
   4. Observations are normalised by what earlier rollouts held, the first rollout not at all; rewards by what has come up to and with the
      rollout itself.
-  5. The behaviour's log-probability is the one noted when the action was chosen: the first row of a rollout was chosen before the update
+  5. Where the agent pays itself for what is new (``curiosity``), that is a second stream of rewards with a value of its own, which does not
+     end with an episode, as in Burda et al., "Exploration by random network distillation" (2018), section 2.3.
+  6. The behaviour's log-probability is the one noted when the action was chosen: the first row of a rollout was chosen before the update
      that precedes it. Ratios are bounded, both ways: a row far beyond, such as that one may become, moves the value and by its entropy
      the policy, and has no say in whether its action was good.
 """
@@ -57,7 +59,7 @@ class PPOState(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """What a minibatch is made of, ``[T N, ...]``, then ``[B, ...]``."""
+    """What a minibatch is made of, ``[T N, ...]``, then ``[B, ...]``; values and their targets for each of V streams of rewards."""
 
     observation: chex.ArrayTree
     action: chex.Array
@@ -79,6 +81,8 @@ def ppo(
     gae_lambda: chex.Numeric = 0.95,
     value_coef: chex.Numeric = 0.5,
     entropy_coef: chex.Numeric = 0.01,
+    extrinsic_coef: chex.Numeric = 1.0,
+    intrinsic_coef: chex.Numeric | None = None,
     value_clip: chex.Numeric | None = None,
     target_kl: chex.Numeric | None = None,
     normalize_observation: bool = False,
@@ -87,8 +91,8 @@ def ppo(
     """The PPO algorithm. It learns from whole rollouts: batches of ``[T, N, ...]``, oldest row first.
 
     Args:
-      network: anything with ``init(key, observation)`` and ``apply(params, observation) -> (outputs [B, P], value [B])``; with ``Masked``
-        observations it sees the observation proper.
+      network: anything with ``init(key, observation)`` and ``apply(params, observation) -> (outputs [B, P], value [B])``, values ``[B, 2]``
+        where there is an ``intrinsic_coef``; with ``Masked`` observations it sees the observation proper.
       distribution: what the outputs mean.
       optimizer: an optax transformation; put gradient clipping and a schedule of the learning rate in its chain. It is asked
         ``epochs T N / minibatch_size`` times a rollout.
@@ -99,6 +103,9 @@ def ppo(
       clip: how far a ratio may leave 1 and still be rewarded for it.
       gae_lambda: of the advantages, in [0, 1].
       value_coef, entropy_coef: weights of the value's and the entropy's part of the loss.
+      extrinsic_coef: weight of the environment's advantage.
+      intrinsic_coef: weight of the advantage of what ``curiosity.curious`` puts into the extras of a rollout: ``intrinsic_reward`` and
+        ``intrinsic_discount``, ``[T, N]``; None where there is no such thing.
       value_clip: how far a value may leave what it was and still be rewarded for it, or None.
       target_kl: an estimate of how far the policy has moved, in nats, at which the rest of the rollout is left alone, or None. What is
         left alone does not ask the optimizer, and metrics end with the minibatch that showed it; a further one, ``learnt``, is the share of
@@ -115,6 +122,8 @@ def ppo(
     """
     if epochs < 1 or minibatch_size < 1:
         raise ValueError(f"epochs and minibatch_size must be at least 1, got {epochs} and {minibatch_size}")
+
+    num_streams = 1 if intrinsic_coef is None else 2
 
     def seen(learner: PPOState, observation: chex.ArrayTree) -> tuple[chex.ArrayTree, chex.Array | None]:
         observation, mask = policies.split_mask(observation)
@@ -170,21 +179,31 @@ def ppo(
         return learner._replace(returns=moments, running=running), reward
 
     def value_of(learner: PPOState, observation: chex.ArrayTree, shape: tuple[int, ...]) -> chex.Array:
-        """Values ``[T, N]`` of observations ``[T, N, ...]``, a minibatch at a time: all of a rollout's images would not fit a cache."""
+        """Values ``[T, N, V]`` of observations ``[T, N, ...]``, a minibatch at a time: all of a rollout's images would not fit a cache."""
         parts = jax.tree.map(lambda leaf: leaf.reshape(-1, minibatch_size, *leaf.shape[2:]), observation)
-        return jax.lax.map(lambda part: network.apply(learner.params, seen(learner, part)[0])[1], parts).reshape(shape)
+        value = jax.lax.map(lambda part: network.apply(learner.params, seen(learner, part)[0])[1], parts)
+        return value.reshape(*shape, num_streams)
 
     def prepare(learner: PPOState, t: Transition, reward: chex.Array) -> Rollout:
-        value, next_value = (value_of(learner, each, reward.shape) for each in (t.observation, t.next_observation))  # [T, N]
+        value, next_value = (value_of(learner, each, reward.shape) for each in (t.observation, t.next_observation))  # [T, N, V]
         over_envs = jax.vmap(returns.gae, in_axes=(1, 1, 1, 1, 1, None), out_axes=1)
-        advantage = over_envs(reward, t.discount, t.last, value, next_value, gae_lambda)  # [T, N]
+        advantages = over_envs(reward, t.discount, t.last, value[..., 0], next_value[..., 0], gae_lambda)[..., None]  # [T, N, V]
+        advantage = extrinsic_coef * advantages[..., 0]  # [T, N]
+        if intrinsic_coef is not None:
+            # What there is still to see does not end with an episode: the next row follows, be it of a new one.
+            following = jnp.concatenate([value[1:, :, 1], next_value[-1:, :, 1]])
+            bonus, discount = t.extras["intrinsic_reward"], t.extras["intrinsic_discount"]
+            urge = over_envs(bonus, discount, jnp.zeros_like(t.last), value[..., 1], following, gae_lambda)
+            advantages = jnp.stack([advantages[..., 0], urge], axis=-1)
+            advantage = advantage + intrinsic_coef * urge
         action = t.action if to_action is None else t.extras["drawn"]
-        rows = Rollout(t.observation, action, t.extras["log_prob"], advantage, value, advantage + value)
+        rows = Rollout(t.observation, action, t.extras["log_prob"], advantage, value, advantages + value)
         return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), rows)  # [T N, ...]
 
     def minibatch_loss(params: Any, learner: PPOState, rows: Rollout) -> tuple[chex.Array, dict[str, chex.Array]]:
         observation, mask = seen(learner, rows.observation)
-        outputs, value = network.apply(params, observation)  # [B, P], [B]
+        outputs, value = network.apply(params, observation)  # [B, P], [B] or [B, V]
+        value = value.reshape(-1, num_streams)  # [B, V]
         log_ratio = _each(distribution.log_prob, outputs, mask, rows.action) - rows.log_prob  # [B]
         log_ratio = jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO)
         ratio = jnp.exp(log_ratio)
@@ -194,7 +213,7 @@ def ppo(
         if value_clip is not None:
             near = rows.value + jnp.clip(value - rows.value, -value_clip, value_clip)
             value_error = jnp.maximum(value_error, returns.squared(near - rows.value_target))
-        value_loss = 0.5 * jnp.mean(value_error)
+        value_loss = 0.5 * jnp.mean(jnp.sum(value_error, axis=1))
         entropy = jnp.mean(_each(distribution.entropy, outputs, mask))
         loss = policy_loss + value_coef * value_loss - entropy_coef * entropy
         return loss, {
@@ -242,7 +261,8 @@ def ppo(
         if isinstance(learner.observations, Moments):
             proper = policies.split_mask(t.observation)[0]
             learner = learner._replace(observations=normalize.fold(learner.observations, proper, axes=(0, 1)))
-        explained = 1.0 - jnp.var(rollout.value_target - rollout.value) / (jnp.var(rollout.value_target) + normalize.EPSILON)
+        wanted, was = rollout.value_target[:, 0], rollout.value[:, 0]
+        explained = 1.0 - jnp.var(wanted - was) / (jnp.var(wanted) + normalize.EPSILON)
         means = {name: jnp.mean(values) for name, values in metrics.items()}
         if target_kl is not None:
             looked_at = jnp.ones(metrics["learnt"].size).at[1:].set(metrics["learnt"].ravel()[:-1])

@@ -15,11 +15,13 @@ import optax
 from dqn_jax import distributions, networks, policies, spaces
 from dqn_jax.agent import assemble
 from dqn_jax.algorithms.ppo import ppo as ppo_algorithm
+from dqn_jax.curiosity.curious import curious
 from dqn_jax.distributions import Distribution
 from dqn_jax.memory.rollout import rollout
 from dqn_jax.online import OnlineAgent
 from dqn_jax.optimizers import join_small
 from dqn_jax.options import named, require_functions, require_int, require_number, require_rate, require_widths, schedule
+from dqn_jax.presets.curiosity import curiosity_of, require_curiosity
 from dqn_jax.presets.reading import encoder_of, read_env, read_spaces, require_mask
 from dqn_jax.types import Agent, AgentState
 
@@ -49,6 +51,20 @@ class PPOOptions:
     """Weight of the value's part of the loss."""
     entropy_coef: float = 0.0
     """Weight of the entropy's part of the loss."""
+    curiosity: Literal["off", "rnd", "snd-v", "snd-std", "snd-vic"] = "off"
+    """Whether the agent also pays itself for what is new to it, and by what: RND, or SND with one of three losses."""
+    intrinsic_gamma: float = 0.99
+    """Discount factor of that pay, which is a stream of its own and does not end with an episode."""
+    intrinsic_coef: float = 1.0
+    """Weight of its advantage."""
+    extrinsic_coef: float = 2.0
+    """Weight of the environment's advantage beside it."""
+    curiosity_learning_rate: float = 1e-3
+    """Step size of Adam for what knows what is new."""
+    curiosity_epochs: int = 1
+    """Times that it learns from each rollout, in minibatches of batch_size."""
+    predictor_share: float | None = None
+    """Share of each minibatch that its predictor learns from, against its learning too fast; None for all."""
     target_kl: float | None = None
     """How far the policy may move, in nats, before the rest of the rollout is left alone; or None. A learning rate that falls then falls by
     the transitions learnt from."""
@@ -111,6 +127,10 @@ def ppo_options(**options: Any) -> PPOOptions:
     o: PPOOptions = named(PPOOptions, "PPO", options, ("network", "optimizer", "num_envs"))
     require_number("gamma", o.gamma, 0, 1)
     require_number("gae_lambda", o.gae_lambda, 0, 1)
+    require_curiosity(o)
+    for name in ("intrinsic_coef", "extrinsic_coef"):
+        require_number(name, getattr(o, name), 0, math.inf)
+    require_int("curiosity_epochs", o.curiosity_epochs, 1)
     require_rate("learning_rate", o.learning_rate)
     for name, low in {"rollout_length": 1, "batch_size": 2, "epochs": 1}.items():  # Advantages are normalised within a minibatch.
         require_int(name, getattr(o, name), low)
@@ -165,6 +185,7 @@ def ppo(env_or_spaces: Any, *, network: Any = None, optimizer: optax.GradientTra
         clip = optax.identity() if o.max_grad_norm is None else optax.clip_by_global_norm(o.max_grad_norm)
         rate = schedule(o.learning_rate)
         optimizer = join_small(optax.chain(clip, optax.adam(lambda count: rate(count * (o.batch_size / o.epochs)), eps=1e-5)))
+    is_curious = o.curiosity != "off"
     algorithm = ppo_algorithm(
         network,
         distribution,
@@ -176,11 +197,16 @@ def ppo(env_or_spaces: Any, *, network: Any = None, optimizer: optax.GradientTra
         gae_lambda=o.gae_lambda,
         value_coef=o.value_coef,
         entropy_coef=o.entropy_coef,
+        extrinsic_coef=o.extrinsic_coef if is_curious else 1.0,
+        intrinsic_coef=o.intrinsic_coef if is_curious else None,
         value_clip=o.value_clip,
         target_kl=o.target_kl,
         normalize_observation=o.normalize_observation,
         scale_reward=o.scale_reward,
     )
+    if is_curious:
+        urge = curiosity_of(o, observation_space, epochs=o.curiosity_epochs, minibatch_size=o.batch_size)
+        algorithm = curious(algorithm, urge, discount=o.intrinsic_gamma)
     return assemble(algorithm, rollout(o.rollout_length, minibatch_size=o.batch_size), discount=o.gamma)
 
 
@@ -232,6 +258,7 @@ def _network(options: PPOOptions, observation_space: gymnasium.Space, num_output
         convolutions,
         shared=bool(convolutions) if options.shared is None else options.shared,
         num_free=num_free,
+        num_values=1 if options.curiosity == "off" else 2,
         activation=jax.nn.relu if options.activation == "relu" or (options.activation == "auto" and convolutions) else jnp.tanh,
     )
 
