@@ -596,7 +596,12 @@ REPLAY = {"actor": linear(2), "critic": linear(2), "batch_size": 4, "capacity": 
 INTEGERS = spaces.Box(-1, 1, (2,), np.int32)
 TUPLE = spaces.Tuple((spaces.Discrete(2), FLOAT_BOX))
 OTHER_ACTIONS = [
-    ("SAC", spaces.Box(-np.inf, np.inf, (2,)), ValueError, "Box(-inf, inf, (2,), float32) is unbounded: give it bounds with"),
+    (
+        "SAC",
+        spaces.Box(-np.inf, np.inf, (2,)),
+        ValueError,
+        "Box(-inf, inf, (2,), float32) is unbounded, or too wide for 32 bits: give it bounds with",
+    ),
     ("SAC", spaces.Box(np.float32([-1, -1]), np.float32([1, np.inf])), ValueError, "is unbounded"),
     ("SAC", spaces.Box(np.float32([0, 1]), np.float32([1, 1])), ValueError, "needs a low bound below its high bound, got Box([0. 1.]"),
     ("SAC", INTEGERS, ValueError, "SAC needs a Box of floats or a Discrete action space, got Box(-1, 1, (2,), int32)"),
@@ -608,8 +613,8 @@ OTHER_ACTIONS = [
     ("PPO", spaces.Dict({"a": FLOAT_BOX}), NotImplementedError, "PPO has no distribution for the action space Dict"),
     ("PPO", INTEGERS, NotImplementedError, "it knows Discrete, MultiDiscrete and Box of floats"),
     ("PPO", spaces.MultiBinary(2), NotImplementedError, "PPO has no distribution for the action space MultiBinary(2)"),
-    ("PPO", spaces.MultiDiscrete([2, 3], start=[1, 0]), NotImplementedError, "choices must stand in one row and start at 0"),
-    ("PPO", spaces.MultiDiscrete([[2, 3], [2, 3]]), NotImplementedError, "choices must stand in one row and start at 0"),
+    ("PPO", spaces.MultiDiscrete([2, 3], start=[1, 0]), NotImplementedError, "a MultiDiscrete must be one row of choices that start at 0"),
+    ("PPO", spaces.MultiDiscrete([[2, 3], [2, 3]]), NotImplementedError, "a MultiDiscrete must be one row of choices that start at 0"),
     ("PPO", spaces.Discrete(3, start=1), NotImplementedError, "actions must start at 0, got Discrete(3, start=1)"),
 ]
 
