@@ -277,8 +277,8 @@ class FeatureNetwork(nn.Module):
 
     @nn.compact
     def __call__(self, x: chex.Array) -> Any:
-        """The features ``[B, K]`` of vectors ``[B, F]`` or images ``[B, H, W, C]``, floats; with ``parts`` also, ``[B, L, C]``, the places of
-        the last convolution's output, or the last hidden layer of a vector as a single part.
+        """The features ``[B, K]`` of vectors ``[B, F]`` or images ``[B, H, W, C]``, floats; with ``parts`` also, ``[B, L, C]``, the places
+        of the last convolution's output, or the last hidden layer of a vector as a single part.
         """
         parts = x = _convolve([Conv(*each, kernel_init=orthogonal(self.scale)) for each in self.convolutions], x, self.activation)
         x = x.reshape(x.shape[0], -1)

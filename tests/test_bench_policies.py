@@ -9,6 +9,8 @@ import pytest
 from dqn_jax.bench import policies, policy_loops
 from dqn_jax.envs import make
 
+pytestmark = pytest.mark.filterwarnings("ignore:jax.core:DeprecationWarning")  # What rejax imports uses names that JAX is about to drop.
+
 
 @pytest.fixture
 def small(monkeypatch):

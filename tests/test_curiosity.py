@@ -358,7 +358,7 @@ def test_a_replay_agent_is_paid_when_it_learns():
         after, _ = jax.jit(agent.learn)(after, Batch(windows), jax.random.key(number), 0)
     raw = [errors(each.curiosity, t.next_observation).mean() for each in (state, after)]
     assert raw[1] < 0.5 * raw[0]
-    with pytest.raises(ValueError, match="a bonus cannot be added to windows of 3 steps.*give n_steps=1"):
+    with pytest.raises(ValueError, match=r"a bonus cannot be added to windows of 3 steps.*give n_steps=1"):
         three = t._replace(**{name: np.repeat(getattr(t, name)[:, None], 3, axis=1) for name in ("reward", "discount", "last")})
         agent.learn(state, Batch(three), jax.random.key(1), 0)
 

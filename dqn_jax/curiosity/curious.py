@@ -1,7 +1,7 @@
 """``curious``: an algorithm that is also paid for seeing what is new to it.
 
-The bonus is computed when the algorithm learns, never when the transition is stored: a replay holds the environment's rewards alone, and what
-is drawn from it twice is paid by what the agent knows each time.
+The bonus is computed when the algorithm learns, never when the transition is stored: a replay holds the environment's rewards alone, and
+what is drawn from it twice is paid by what the agent knows each time.
 """
 
 from typing import Any, NamedTuple

@@ -4,12 +4,12 @@ With features :math:`f` of a *target* network and :math:`\hat f_\theta` of a *pr
 
 .. math:: b(o) = \frac{1}{K} \sum_k \big(f_k(o) - \hat f_{\theta,k}(o)\big)^2,
 
-and :math:`\theta` moves down its gradient on what was seen, so that the bonus of what is seen often falls. Where the target stays as it was
-initialised that is RND (``rnd.py``); where it learns, too, by a loss of its own, it is SND (``snd.py``). The two losses never reach one
-another's network.
+and :math:`\theta` moves down its gradient on what was seen, so that the bonus of what is seen often falls. Where the target stays as it
+was initialised that is RND (``rnd.py``); where it learns, too, by a loss of its own, it is SND (``snd.py``). The two losses never reach
+one another's network.
 
-Burda, Edwards, Storkey and Klimov, "Exploration by random network distillation" (2018); Pechac, Chovanec and Farkas, "Self-supervised network
-distillation" (2023).
+Burda, Edwards, Storkey and Klimov, "Exploration by random network distillation" (2018); Pechac, Chovanec and Farkas, "Self-supervised
+network distillation" (2023).
 """
 
 from collections.abc import Callable
@@ -134,8 +134,8 @@ def distillation(
     def seen(state: DistillationState, rows: chex.ArrayTree) -> chex.ArrayTree:
         if not isinstance(state.observations, Moments):
             return rows
-        first = normalize.fold(state.observations, rows)
-        used = jax.tree.map(lambda new, old: jnp.where(state.observations.count > 0, old, new), first, state.observations)
+        first, begun = normalize.fold(state.observations, rows), state.observations[0] > 0  # By what was folded in before, if anything was.
+        used = jax.tree.map(lambda new, old: jnp.where(begun, old, new), first, state.observations)
         return normalize.normalize(used, rows, OBSERVATION_CLIP)
 
     def error(state: DistillationState, t: Transition) -> chex.Array:

@@ -1,7 +1,7 @@
 r"""SND: distillation (``distillation.py``) into a predictor from a target that keeps learning to tell observations apart.
 
-A random target may tell little apart, and once the predictor knows it nothing is new any more. Here the target learns without labels, by one
-of three losses, and the bonus lives on:
+A random target may tell little apart, and once the predictor knows it nothing is new any more. Here the target learns without labels, by
+one of three losses, and the bonus lives on:
 
 * ``contrastive`` (SND-V): two views of one observation have the same features, two observations features at a distance of 1.
 * ``infomax`` (SND-STD): an observation's parts tell its successor from all other successors (ST-DIM).
@@ -69,7 +69,7 @@ def with_classifiers(network: Any) -> Network:
       network: anything with ``init(key, rows)`` and ``apply(params, rows) -> (features [B, K], parts [B, L, C])``.
 
     Returns:
-      A network that gives the features alone; its parameters are a dict of ``network``'s and ``classifiers``, W ``[K, C]`` and V ``[C, C]``.
+      A network that gives the features alone; its parameters are a dict of ``network``'s and ``classifiers``: W ``[K, C]``, V ``[C, C]``.
     """
 
     def init(key: chex.PRNGKey, rows: chex.ArrayTree) -> dict[str, Any]:
@@ -85,9 +85,9 @@ def with_classifiers(network: Any) -> Network:
 def infomax(apply: Callable[..., tuple[chex.Array, chex.Array]]) -> Callable[..., Any]:
     r"""SND-STD: InfoNCE from the successor to the parts of the observation, and from its parts to the same parts.
 
-    With :math:`g` the features of the successor, :math:`c_l` those of part :math:`l` of the observation and :math:`c'_l` of the successor,
-    the scores are :math:`g_i^\top W c_{j,l}` and :math:`c_{i,l}'^\top V c_{j,l}` of rows i and j; each row should score highest with itself.
-    Added are 1e-4 times the norm of the scores, and -1e-4 times the features' mean deviation.
+    With :math:`g` the features of the successor, :math:`c_l` those of part :math:`l` of the observation and :math:`c'_l` of the
+    successor, the scores are :math:`g_i^\top W c_{j,l}` and :math:`c_{i,l}'^\top V c_{j,l}` of rows i and j; each row should score highest
+    with itself. Added are 1e-4 times the norm of the scores, and -1e-4 times the features' mean deviation.
 
     Args:
       apply: ``(params, rows) -> (features [B, K], parts [B, L, C])``: of an image the places of a convolution's output, of a vector the

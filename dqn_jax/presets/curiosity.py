@@ -41,10 +41,10 @@ def curiosity_of(options: Any, observation_space: gymnasium.Space, *, epochs: in
     share = options.predictor_share
     predictor = network(width, width)
     if options.curiosity == "rnd":
-        target = network(*(() if convolutions else (width,)))
+        fixed = network(*(() if convolutions else (width,)))
         normalized = not _within_one(observation_space)
-        return rnd(target, predictor, optimizer, normalize_observation=normalized, share=share, **shared)
-    target = network(width)
+        return rnd(fixed, predictor, optimizer, normalize_observation=normalized, share=share, **shared)
+    target: Any = network(width)
     if options.curiosity == "snd-v":
         loss = snd.contrastive(target.apply, snd.tiled if convolutions else snd.noisy)
     elif options.curiosity == "snd-vic":
@@ -65,7 +65,7 @@ def require_curiosity(o: Any) -> None:
 
 
 def _within_one(space: gymnasium.Space) -> bool:
-    """Whether what ``spaces.features`` or ``spaces.image`` makes of observations lies within [0, 1]: choices, bytes, and floats so bounded."""
+    """Whether what the networks see of observations lies within [0, 1]: choices, bytes over 255, and floats so bounded."""
     if isinstance(space, gymnasium.spaces.Dict):
         members = [space["observation"]] if spaces.is_masked(space) else list(space.spaces.values())
         return all(map(_within_one, members))
