@@ -187,7 +187,8 @@ def make(env_id: str, **env_args: Any) -> Env:
     MinAtar comes from gymnax and from pgx, with bool observations ``[10, 10, C]`` (gymnax's own are float32 zeros and ones) and only the
     actions that each game uses; ``use_minimal_action_set=False`` gives all six. ``pgx/minatar-breakout`` repeats the last action with
     ``sticky_action_prob=0.1`` and has no time limit: with all six actions, that is the protocol of Young and Tian (2019).
-    ``gymnax/Breakout-MinAtar`` never repeats an action and truncates at ``max_steps_in_episode=1000`` (Freeway: 2500).
+    ``gymnax/Breakout-MinAtar`` never repeats an action and truncates at ``max_steps_in_episode=1000`` (Freeway: 2500). In
+    ``gymnax/DeepSea-bsuite``, of ``size=8``, which action goes right at which place is drawn from ``action_seed=0``.
 
     Args:
       env_id: a Gymnasium id whose environment is a FuncEnv (``phys2d/CartPole-v1``), ``gymnax/NAME`` (``gymnax/Catch-bsuite``), or
@@ -226,9 +227,10 @@ def _make_gymnax(name: str, env_args: dict[str, Any]) -> Env:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"gymnax/{name} needs gymnax: pip install 'dqn_jax[gymnax]'") from error
     # A gymnax environment takes some options when made (a size) and the others as parameters.
-    if name == "DeepSea-bsuite" and "action_seed" in env_args:
-        env_args = {**env_args, "action_mapping_key": jax.random.key(env_args["action_seed"])}
-        del env_args["action_seed"]
+    if name == "DeepSea-bsuite":  # It asks for a key, which no command line can give.
+        seed = env_args.get("action_seed", 0)
+        others = {key: value for key, value in env_args.items() if key != "action_seed"}
+        env_args = {"action_mapping_key": jax.random.key(seed), **others}
     construct = {key: value for key, value in env_args.items() if not hasattr(gymnax.make(name)[1], key)}
     environment, params = gymnax.make(name, **construct)
     params = _replaced(params, {key: value for key, value in env_args.items() if key not in construct}, name)

@@ -66,6 +66,11 @@ def test_updates_of_sac_are_timed_and_what_is_timed_plays(monkeypatch, capsys):
     assert {"ours"} <= set(result) <= {"ours", "SB3", "SBX"}
     for one in result.values():
         assert one["update_ms"]["min"] > 0 and -2_000 < one["return"] < 0
+        assert one["updates"] == 15 and one["learn_steps"] == 600  # Compiled, then twice.
     assert result["ours"]["ratio"] == {"median": 1, "min": 1, "max": 1}
     printed = capsys.readouterr().out
-    assert "SAC, 2x256, batch 8" in printed and all(name in printed for name in ("ours", "SB3", "SBX"))
+    assert (
+        "SAC, 2x256, batch 8" in printed
+        and "after 600 steps, 1 episode\n" in printed
+        and all(name in printed for name in ("ours", "SB3", "SBX"))
+    )

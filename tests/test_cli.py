@@ -434,6 +434,7 @@ def test_values_of_env_args(text, value):
 ROLLOUTS = ["--algo", "ppo", "--batch-size", 50, "--epochs", 2, "--hidden", 8, "--eval-episodes", 2, "--steps", 600]
 OTHERS = {
     "ppo, host": (["CartPole-v1", *ROLLOUTS, "--rollout-length", 100], dqn_jax.PPO, "explained_variance"),
+    "ppo, curious": (["CartPole-v1", *ROLLOUTS, "--rollout-length", 100, "--curiosity", "rnd"], dqn_jax.PPO, "intrinsic_reward"),
     "ppo, compiled": (["phys2d/Pendulum-v0", *ROLLOUTS, "--rollout-length", 25, "--num-envs", 4], dqn_jax.PPO, "explained_variance"),
     "sac, host": (["Pendulum-v1", "--algo", "sac", "--hidden", 8, *TINY[:8], "--eval-episodes", 2], dqn_jax.SAC, "temperature"),
 }

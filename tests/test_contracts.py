@@ -18,6 +18,8 @@ from dqn_jax.agent import assemble
 from dqn_jax.algorithms.dqn import dqn
 from dqn_jax.algorithms.ppo import ppo
 from dqn_jax.algorithms.sac import Optimizers, discrete_sac, sac
+from dqn_jax.curiosity.curious import curious
+from dqn_jax.curiosity.rnd import rnd
 from dqn_jax.memory.frames import frames
 from dqn_jax.memory.prioritized import Prioritized, prioritized
 from dqn_jax.memory.ring import ring
@@ -161,6 +163,28 @@ def soft(actions, memory=UNIFORM, observations=vectors):
     return Case(build, floats, memory, observations, actions, ("actor", "critics", "log_temperature"), {"target_critics": "critics"})
 
 
+def paid_for_news(memory, streams):
+    """DQN whose rewards are relabelled, or PPO with a second stream of rewards."""
+
+    def build(*, learning_rate, discount, share):
+        optimizer = optax.adam(learning_rate)
+        if streams == 1:
+            algorithm, extra = dqn(VALUES, optimizer, epsilon=0.5), {}
+        else:
+            read = lambda outputs: (outputs[:, :A], outputs[:, A:])  # noqa: E731
+            options = {"epochs": 2, "minibatch_size": 4, "intrinsic_coef": 1.0}
+            algorithm, extra = ppo(linear(A + 2, read), distribution_of(DISCRETE)[0], optimizer, **options), {"discount": 0.9}
+        urge = rnd(linear(5), linear(5), optimizer, share=share)
+        return assemble(curious(algorithm, urge, **extra), memory, discount=discount)
+
+    floats = {
+        "learning_rate": Float(0.05, 0.1, {"learner", "curiosity"}),
+        "discount": Float(0.9, 0.5, {"learner"}),
+        "share": Float(0.9, 0.1, {"curiosity"}),
+    }
+    return Case(build, floats, memory, vectors, DISCRETE, ("learner", "curiosity"), {})
+
+
 def scheduled(learning_rate):
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.linear_schedule(learning_rate, 0.0, 10)))
 
@@ -187,6 +211,8 @@ CASES = {
     "PPO, masked": on_policy(DISCRETE, masked),
     "PPO, box, normalised and scaled": on_policy(BOX, normalize_observation=True, scale_reward=True),
     "PPO, several choices": on_policy(gymnasium.spaces.MultiDiscrete([2, 3])),
+    "DQN, curious": paid_for_news(UNIFORM, 1),
+    "PPO, curious": paid_for_news(rollout(6, minibatch_size=4), 2),
     "SAC, box": soft(BOX),
     "SAC": soft(DISCRETE),
     "SAC, masked": soft(DISCRETE, observations=masked),

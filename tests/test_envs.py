@@ -299,6 +299,21 @@ def test_gymnax_catch_is_nine_steps_and_pays_at_the_end():
 
 
 @needs_gymnax
+def test_deep_sea_has_the_actions_that_its_seed_draws():
+    def rights(seed):
+        state, _ = gymnax_env("DeepSea-bsuite", size=6, action_seed=seed).reset(jax.random.key(0))
+        return np.asarray(state.inner.action_mapping)
+
+    np.testing.assert_array_equal(rights(3), rights(3))
+    assert (rights(3) != rights(4)).any() and set(rights(3).ravel()) == {0, 1}
+    env = gymnax_env("DeepSea-bsuite", size=6, action_seed=3)
+    state, _ = env.reset(jax.random.key(1))
+    for place in range(6):
+        state, step = env.step(jax.random.key(place), state, rights(3)[place, place])
+    assert step.terminated and float(step.reward) > 0.9
+
+
+@needs_gymnax
 def test_gymnax_time_limit_truncates_and_does_not_terminate():
     env = gymnax_env("CartPole-v1", max_steps_in_episode=20)
     assert env.time_limit == 20

@@ -118,7 +118,8 @@ def ppo(
       An ``Algorithm`` whose learner is a ``PPOState``.
 
     Raises:
-      ValueError: if a count is below one; when tracing ``learn``, if the rollout does not divide into minibatches.
+      ValueError: if a count is below one; from ``init``, if the network's values are not as many; when tracing ``learn``, if the rollout
+        does not divide into minibatches.
     """
     if epochs < 1 or minibatch_size < 1:
         raise ValueError(f"epochs and minibatch_size must be at least 1, got {epochs} and {minibatch_size}")
@@ -135,6 +136,10 @@ def ppo(
         observation = policies.split_mask(observation)[0]
         params = network.init(key, observation)
         num_envs = jax.tree.leaves(observation)[0].shape[0]
+        shape = jax.eval_shape(network.apply, params, observation)[1].shape
+        wanted = [num_envs, 2] if num_streams == 2 else [num_envs]
+        if [*shape] not in (wanted, [num_envs, num_streams]):
+            raise ValueError(f"the network gives values {[*shape]}, expected {wanted}: with curiosity a network gives two, else one")
         one = jax.tree.map(lambda leaf: leaf[0], observation)
         return PPOState(
             params,

@@ -107,7 +107,10 @@ def _new_folder(folder: Path) -> Path:
     name = time.strftime("%Y%m%d-%H%M%S")
     names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
     new = next(folder / name for name in names if not (folder / name).exists())
-    new.mkdir(parents=True)
+    try:
+        new.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"--folder {folder}: no folder can be made there ({error.strerror}): name another") from error
     return new
 
 
@@ -181,19 +184,20 @@ def deck_rows(measured: dict[str, Any]) -> list[tuple[str, ...]]:
 
     Returns:
       For each of CONTENDERS its name, the MB that it takes on disk with what it requires, the most memory that training took in MB, the
-      seconds that this took from the start of the process, and steps per second once it learns; "-" where that was not measured.
+      seconds that this took from the start of the process, and steps per second once it learns; "-" where that was not measured, a star
+      where other programs were running all the time.
     """
     sizes = measured.get("size", {"installed": {}, "libtorch_bytes": None})
     installed = {"libtorch": sizes["libtorch_bytes"]} | {name: one["bytes"] for name, one in sizes["installed"].items()}
     cases = {name.split(",")[0]: case for name, case in measured.get("memory", {}).items() if "the deck's" in name and "marks" in case}
     deck = next((one for one in measured.get("loops", {}).get("reports", ()) if one["work"]["deck"]), {"summary": ()})
-    speeds = {line["contender"]: line["steps_per_second"]["median"] for line in deck["summary"]}
+    speeds = {line["contender"]: f"{line['steps_per_second']['median']:,.0f}{' *' if line.get('loud') else ''}" for line in deck["summary"]}
     rows: list[tuple[str, ...]] = []
     for name, (package, contender) in CONTENDERS.items():
         on_disk, case = installed.get(package), cases.get(contender)
         speed = speeds.get(contender + INLINE, speeds.get(contender))
         in_mb = ["-" if size is None else f"{size / 1e6:,.0f}" for size in (on_disk, case and case["marks"]["end"])]
-        rows.append((name, *in_mb, f"{case['seconds']:.1f}" if case else "-", "-" if speed is None else f"{speed:,.0f}"))
+        rows.append((name, *in_mb, f"{case['seconds']:.1f}" if case else "-", "-" if speed is None else speed))
     return rows
 
 
@@ -202,7 +206,8 @@ def show_deck(measured: dict[str, Any]) -> None:
     if not {"size", "memory", "loops"} & set(measured):
         return
     head = ("", "installed, MB", "peak memory in training, MB", "run, s", "steps/s")
-    report.table("the deck's three numbers, measured here in its setting", head, deck_rows(measured))
+    rows = deck_rows(measured)
+    report.table("the deck's three numbers, measured here in its setting", head, rows)
     steps = next((case["steps"] for case in measured.get("memory", {}).values() if "steps" in case), None)
     print("  installed: with all that it requires, extras left out; of libtorch the shared libraries alone. memory: of the process.")
     if steps is not None:
@@ -210,6 +215,8 @@ def show_deck(measured: dict[str, Any]) -> None:
             f"  run: {steps:,} steps once, from the start of the process: imports, compilation and exploration included, JAX as it comes."
         )
     print("  steps/s: without these, ours inline where that was measured. The others compute on the CPU, whatever device JAX has.")
+    if any(row[-1].endswith("*") for row in rows):
+        print("  *: other programs were running during each timing. Measure again.")
     report.table("claimed there; no machine is named, and no protocol", ("", "package, MB", "training memory", "run time"), CLAIMED)
 
 
@@ -271,6 +278,10 @@ def compare(before: dict[str, float], now: dict[str, float]) -> list[tuple[str, 
 
 
 def show_changes(earlier: tuple[str, dict[str, float]] | None, now: dict[str, float]) -> None:
-    """Prints how the headlines stand against those of an earlier run, as ``previous`` gives it, if there is one."""
-    if earlier is not None:
+    """Prints how the headlines stand against those of an earlier run, as ``previous`` gives it, or why there is nothing to compare."""
+    if not now:
+        print("\nnothing that was measured is watched from run to run")
+    elif earlier is None:
+        print("\nno earlier run of exactly these sections, on this machine, is there to compare with")
+    else:
         report.table(f"against the last one ({earlier[0]})", ("", "before", "now", "ratio", ""), compare(earlier[1], now))

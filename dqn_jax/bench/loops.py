@@ -28,7 +28,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import gymnasium
 import jax
@@ -142,7 +142,7 @@ class Options:
     """Measurements of each contender on each piece of work."""
     out: Path | None = None
     """A JSON file for everything measured."""
-    kinds: tuple[str, ...] = ("host", "compiled")
+    kinds: tuple[Literal["host", "compiled"], ...] = ("host", "compiled")
     """Which loops to measure."""
     only: tuple[str, ...] = ()
     """Names of contenders to measure (default: all); the first one measured is compared with the others."""
@@ -437,6 +437,8 @@ def main() -> None:
     if options.one:
         print(json.dumps(_one(options.one)))
         return
+    if options.repeats < 1:
+        sys.exit(f"--repeats must be at least 1, got {options.repeats}")
     described = machine.describe()
     print("  ".join(f"{name} {version}" for name, version in described["versions"].items()))
     print(

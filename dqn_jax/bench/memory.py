@@ -254,6 +254,13 @@ def show(measured: dict[str, Any]) -> None:
         if any(size is not None for size in known):
             sizes.append((name, *("-" if size is None else f"{size / 1e6:,.2f}" for size in known)))
     report.table("most memory held so far by the process, MB (and added since the stage before)", ("", *STAGES), rows)
+    updates = {name: result["updates"] for name, result in measured.items() if "the deck's" in name and "updates" in result}
+    if updates:  # The newest step is stored with its outcome: here before the next action, elsewhere after it.
+        made = ", ".join(f"{name.split(',')[0]} {number:,}" for name, number in updates.items())
+        print(
+            f"  updates in the deck's setting: {made}"
+            + ("" if max(updates.values()) - min(updates.values()) <= 1 else ": NOT THE SAME WORK")
+        )
     report.table("of that by their shapes, MB", ("", "replay", "parameters", "with target and optimizer"), sizes)
 
 

@@ -71,8 +71,10 @@ def draw_scaling(sections: dict[str, dict[str, Any]], path: Path) -> Path:
             series = {name: one for name, one in section["series"].items() if one["unit"] == unit}
             for name, (counts, medians) in scaling.curves(section | {"series": series}).items():
                 axes.loglog(counts, medians, marker="o", label=name)
-            if series:  # None of this unit where the section failed on its way.
-                axes.legend()
+            if not series:  # The section has none of this unit, or failed on its way.
+                axes.set_visible(False)
+                continue
+            axes.legend()
             axes.set(title=entry, xlabel=" or ".join(dict.fromkeys(one["axis"] for one in series.values())), ylabel=f"{unit} (median)")
     figure.savefig(path, dpi=120)
     return path

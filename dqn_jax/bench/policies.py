@@ -9,6 +9,7 @@ medians and ranges are over the rounds.
 import dataclasses
 import importlib
 import importlib.util
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -141,15 +142,15 @@ class Sac(NamedTuple):
     """How to measure one implementation of SAC.
 
     Attributes:
-      updater: ``(rows) -> (updates) -> None``: fills a replay, then makes that many updates at each call.
+      updater: ``(rows) -> (make, made)``: fills a replay; ``make(updates)`` then makes that many, ``made()`` tells how many there were.
       learn: ``(steps, seed) -> choose``: trains on Pendulum-v1; returns the greedy policy.
     """
 
-    updater: Callable[[int], Callable[[int], None]]
+    updater: Callable[[int], tuple[Callable[[int], Any], Callable[[], int]]]
     learn: Callable[[int, int], Callable[[Any], Any]]
 
 
-def _ours_updater(rows: int) -> Callable[[int], None]:
+def _ours_updater(rows: int) -> tuple[Callable[[int], Any], Callable[[], int]]:
     agent = SAC(Noise(), replay_start_size=rows, capacity=rows, batch_size=SAC_BATCH)
     env = Noise()
     observation, _ = env.reset(seed=0)
@@ -162,12 +163,12 @@ def _ours_updater(rows: int) -> Callable[[int], None]:
         return jax.lax.fori_loop(0, number, lambda _, s: pure.update(s, pure.draw(s, s.updates))[0], state)
 
     compiled = jax.jit(updates, donate_argnums=0)
-    kept = [state]
+    kept, before = [state], int(state.updates)
 
     def make_updates(number: int) -> None:
         kept[0] = jax.block_until_ready(compiled(kept[0], jnp.asarray(number)))
 
-    return make_updates
+    return make_updates, lambda: int(kept[0].updates) - before
 
 
 def _ours_learn(steps: int, seed: int) -> Callable[[Any], Any]:
@@ -188,10 +189,11 @@ def _others(package: str) -> Sac:
         module = importlib.import_module(package)
         return module.SAC("MlpPolicy", env, seed=seed, batch_size=SAC_BATCH, policy_kwargs={"net_arch": [256, 256]}, **options)
 
-    def updater(rows: int) -> Callable[[int], None]:
+    def updater(rows: int) -> tuple[Callable[[int], Any], Callable[[], int]]:
         filled = model(Noise(), 0, learning_starts=rows, buffer_size=rows)
         filled.learn(rows)
-        return lambda number: filled.train(gradient_steps=number, batch_size=SAC_BATCH)
+        before = filled._n_updates
+        return lambda number: filled.train(gradient_steps=number, batch_size=SAC_BATCH), lambda: filled._n_updates - before
 
     def learn(steps: int, seed: int) -> Callable[[Any], Any]:
         trained = model("Pendulum-v1", seed, learning_rate=1e-3, buffer_size=50_000, learning_starts=500)
@@ -213,29 +215,32 @@ def measure_sac(repeats: int, torch_threads: int, quick: bool) -> dict[str, Any]
         import torch
 
         torch.set_num_threads(torch_threads)
-    updates = 5 if quick else 100
+    updates, learn_steps, episodes = (5, 600, 1) if quick else (100, LEARN_STEPS, 20)
     calls = {name: contender.updater(300 if quick else SAC_ROWS) for name, contender in contenders.items()}
-    for call in calls.values():
-        call(updates)  # Compiles.
+    for make_updates, _ in calls.values():
+        make_updates(updates)  # Compiles.
     milliseconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(repeats):
         for name in list(calls)[:: -1 if turn % 2 else 1]:
             begin = time.perf_counter()
-            calls[name](updates)
+            calls[name][0](updates)
             milliseconds[name].append(1e3 * (time.perf_counter() - begin) / updates)
+    made = {name: count() for name, (_, count) in calls.items()}
+    if {*made.values()} != {(repeats + 1) * updates}:
+        raise RuntimeError(f"the contenders did not make the same updates: {made}")
     result: dict[str, Any] = {}
     for name, contender in contenders.items():
-        result[name] = {"update_ms": report.spread(milliseconds[name])}
+        result[name] = {"update_ms": report.spread(milliseconds[name]), "updates": made[name], "learn_steps": learn_steps}
         result[name]["ratio"] = report.spread([b / a for a, b in zip(milliseconds["ours"], milliseconds[name], strict=True)])
-        choose = contender.learn(600 if quick else LEARN_STEPS, 0)
-        result[name]["return"] = float(np.mean([_episode(choose, 100 + episode) for episode in range(1 if quick else 20)]))
+        choose = contender.learn(learn_steps, 0)
+        result[name]["return"] = float(np.mean([_episode(choose, 100 + episode) for episode in range(episodes)]))
     rows = [
         (name, _range(one["update_ms"], ".2f"), f"{one['return']:.0f}", _range(one["ratio"], ".2f") if name != "ours" else "1")
         for name, one in result.items()
     ]
     title = (
         f"SAC, 2x256, batch {SAC_BATCH}, {SAC_SHAPE[0]} and {SAC_SHAPE[1]} numbers, {updates} updates a call; SB3 on {torch_threads} "
-        f"thread{'s'[: torch_threads > 1]}; return: Pendulum-v1 after {LEARN_STEPS:,} steps"
+        f"thread{'s'[: torch_threads > 1]}; return: Pendulum-v1 after {learn_steps:,} steps, {episodes} episode{'s'[: episodes > 1]}"
     )
     report.table(title, ("", "update, ms", "return", "ours, times as fast"), rows)
     return result
@@ -258,6 +263,8 @@ def main() -> None:
         compute_inline()
     if options.spread:
         device_per_core()
+    if options.repeats < 1:
+        sys.exit(f"--repeats must be at least 1, got {options.repeats}")
     repeats = 2 if options.quick else options.repeats
     threads = {"inline": options.inline, "spread": options.spread, "torch_threads": options.torch_threads}
     everything: dict[str, Any] = {"device": str(jax.devices()[0]), **threads, "differences": differences()}
@@ -265,9 +272,11 @@ def main() -> None:
         everything["ppo"] = measure_loops(QUICK_WORKS if options.quick else WORKS, repeats)
     if "sac" in options.only and not options.spread:  # One update has one device.
         everything["sac"] = measure_sac(repeats, options.torch_threads, options.quick)
-    print("\nWhat they do otherwise, or for themselves alone:")
+    print("\nWhat they do otherwise, or for themselves alone (those that were measured):")
     for name, what in everything["differences"].items():
-        print(f"  {name}: {'; '.join(what)}")
+        package = {"rejax's ppo": "rejax", "SB3's SAC": "stable_baselines3", "SBX's SAC": "sbx"}.get(name)
+        if package is None or importlib.util.find_spec(package) is not None:
+            print(f"  {name}: {'; '.join(what)}")
     report.write(options.out, everything)
 
 
