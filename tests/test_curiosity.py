@@ -15,7 +15,7 @@ from dqn_jax.curiosity.curious import curious
 from dqn_jax.curiosity.distillation import TargetLearning, distillation
 from dqn_jax.curiosity.rnd import rnd
 from dqn_jax.distributions import categorical
-from dqn_jax.networks import MINATAR, FeatureNetwork, flatten
+from dqn_jax.networks import MINATAR, FeatureNetwork
 from dqn_jax.types import Batch
 
 T, N, F, K = 5, 3, 4, 6
@@ -441,4 +441,3 @@ def test_policy_and_value_of_the_agent_stay_apart_from_curiosity():
         plain.explore(state.learner, observation, plain.noise(state.learner, jax.random.key(1), N), 0),
     )
     np.testing.assert_array_equal(agent.exploit(state, observation), plain.exploit(state.learner, observation))
-    assert flatten(observation).shape == (N, F)

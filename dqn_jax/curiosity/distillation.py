@@ -134,7 +134,7 @@ def distillation(
     def seen(state: DistillationState, rows: chex.ArrayTree) -> chex.ArrayTree:
         if not isinstance(state.observations, Moments):
             return rows
-        first, begun = normalize.fold(state.observations, rows), state.observations[0] > 0  # By what was folded in before, if anything was.
+        first, begun = normalize.fold(state.observations, rows), state.observations[0] > 0  # [0] is the count.
         used = jax.tree.map(lambda new, old: jnp.where(begun, old, new), first, state.observations)
         return normalize.normalize(used, rows, OBSERVATION_CLIP)
 

@@ -21,7 +21,7 @@ def curiosity_of(options: Any, observation_space: gymnasium.Space, *, epochs: in
     """The curiosity that options ask for.
 
     What its networks see is what the agent's see: vectors, or images through convolutions. Numbers that are not within [0, 1] already are
-    normalised for RND, and images for nobody: bytes are divided by 255.
+    normalised for RND. Images of bytes are divided by 255 and, unlike in the paper, not normalised.
 
     Args:
       options: with ``curiosity``, ``curiosity_learning_rate``, ``predictor_share``, ``intrinsic_gamma`` and ``encoder``.
