@@ -706,13 +706,31 @@ PPO_OPTIONS = [
     ({"extrinsic_coef": None}, TypeError, "extrinsic_coef must be a number, got None"),
     ({"curiosity_learning_rate": 0}, ValueError, "curiosity_learning_rate must be in (0, inf], got 0"),
     ({"curiosity_epochs": 0}, ValueError, "curiosity_epochs must be at least 1, got 0"),
+    ({"curiosity_channels": 0}, ValueError, "curiosity_channels must be at least 1, got 0"),
     ({"predictor_share": 0}, ValueError, "predictor_share must be in (0, 1], got 0"),
+    ({"predictor_mask": "elements"}, ValueError, "predictor_mask must be one of 'rows', 'features', got 'elements'"),
+    ({"bonus_on": "state"}, ValueError, "bonus_on must be one of 'successor', 'observation', got 'state'"),
+    ({"bonus_scale": 0}, ValueError, "bonus_scale must be in (0, inf], got 0"),
+    ({"bonus_clip": "x"}, TypeError, "bonus_clip must be a number, got 'x'"),
     ({"curiosity": "rnd", "network": policy_and_value(2)}, ValueError, "values [1], expected [1, 2]: with curiosity a network gives two"),
     ({"hidden": 64}, TypeError, "hidden must be a tuple of widths, got 64"),
     ({"network": "mlp"}, TypeError, "network must have the functions init and apply, got 'mlp'"),
     ({"optimizer": "adam"}, TypeError, "optimizer must have the functions init and update, got 'adam'"),
     ({"num_envs": 0}, ValueError, "num_envs must be at least 1, got 0"),
     ({"seed": 0.5}, TypeError, "seed must be a whole number, got 0.5"),
+]
+CURIOUS_OPTIONS = [
+    ({"curiosity": "icm"}, ValueError, "curiosity must be one of 'off', 'rnd', 'snd-v', 'snd-std', 'snd-vic', got 'icm'"),
+    ({"curiosity": "rnd", "n_steps": 3}, ValueError, "curiosity='rnd' pays for every step, and with n_steps=3 the replay gives only"),
+    (
+        {"curiosity": "snd-vic", "n_steps": 1, "batch_size": 1},
+        ValueError,
+        "curiosity='snd-vic' compares the rows of a batch with one another",
+    ),
+    ({"curiosity": "snd-v", "intrinsic_coef": -1}, ValueError, "intrinsic_coef must be in [0, inf], got -1"),
+    ({"curiosity_learning_rate": 0}, ValueError, "curiosity_learning_rate must be in (0, inf], got 0"),
+    ({"curiosity_channels": 0}, ValueError, "curiosity_channels must be at least 1, got 0"),
+    ({"intrinsic_gamma": 0.9}, TypeError, "has no option 'intrinsic_gamma'"),
 ]
 SAC_OPTIONS = [
     ({"bath_size": 4}, TypeError, "SAC has no option 'bath_size': did you mean batch_size?"),
@@ -772,6 +790,24 @@ def test_bad_option_of_sac(options, kind, message):
     with pytest.raises(Exception) as caught:
         SAC(PLAIN, **{**REPLAY, **options})
     check(caught, kind, message)
+
+
+@pytest.mark.parametrize(("options", "kind", "message"), CURIOUS_OPTIONS)
+@pytest.mark.parametrize("agent", [DQN, SAC])
+def test_bad_curiosity_of_a_replay_agent(agent, options, kind, message):
+    with pytest.raises(Exception) as caught:
+        agent(PLAIN, **{**REPLAY, **options})
+    check(caught, kind, message)
+
+
+@pytest.mark.parametrize("agent", [dqn_jax.dqn, dqn_jax.ppo, dqn_jax.sac])
+def test_curiosity_cannot_see_more_channels_than_there_are(agent):
+    pictures = spaces.Box(0, 255, (4, 84, 84), np.uint8), spaces.Discrete(3)
+    replay = {} if agent is dqn_jax.ppo else {"n_steps": 1, "capacity": 1_000}
+    with pytest.raises(
+        ValueError, match=r"curiosity_channels=5 exceeds the 4 channels of the images of Box\(0, 255, \(4, 84, 84\), uint8\)"
+    ):
+        agent(pictures, curiosity="rnd", curiosity_channels=5, **replay)
 
 
 def test_images_and_actions_of_numbers_need_networks_of_ones_own():

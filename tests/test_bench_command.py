@@ -13,12 +13,12 @@ from types import SimpleNamespace
 import pytest
 
 from dqn_jax import cli
-from dqn_jax.bench import command, pictures, pixels, size
+from dqn_jax.bench import command, latency, loops, pictures, pixels, report, size
 
 CPU = {"platform": "cpu", "kind": "cpu"}
 SCALED = ["scaling", "scaling, inline", "scaling, a device per core"]
 ALL = ["size", "memory", "loops", "latency", "latency, inline", *SCALED, "roofline", "roofline, inline", "pixels"]
-ALL += ["policies", "policies, inline", "policies, a device per core"]
+ALL += ["policies", "policies, inline", "policies, a device per core", "curiosity", "curiosity, inline"]
 
 
 def speed(contender, median):
@@ -75,6 +75,7 @@ MEASURED = {
     "roofline": {"peaks": {}},
     "pixels": {"update_ms": {}},
     "policies": {"ppo": {}},
+    "curiosity": {"kinds": {}},
 }
 
 
@@ -359,6 +360,28 @@ def test_pixels_quickly(tmp_path, monkeypatch, capsys):
     assert case in capsys.readouterr().out
 
 
+def test_a_section_alone_says_at_once_that_its_file_cannot_be_written(monkeypatch, tmp_path):
+    out = tmp_path / "nowhere" / "out.json"
+    monkeypatch.setattr(sys, "argv", ["latency", "--out", str(out)])
+    with pytest.raises(SystemExit, match=r"--out .*out\.json cannot be written \(No such file or directory\): name another file"):
+        report.options(latency.Options, latency.__doc__)
+
+
+def test_a_section_alone_ends_quietly_when_interrupted(capsys):
+    def main():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stop:
+        report.command(main)
+    assert stop.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+
+
+def test_an_unknown_contender_is_named_in_one_line(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["loops", "--only", "foo"])
+    with pytest.raises(SystemExit, match="there is no contender foo: --only takes ours, "):
+        loops.main()
+
+
 # For real.
 
 
@@ -367,7 +390,7 @@ def test_a_real_section(tmp_path):
     done = subprocess.run([sys.executable, "-m", "dqn_jax.cli", "bench", *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    order = [lines.index(line) for line in ("== size ==", "seconds of an import in a fresh process")]
+    order = [lines.index(line) for line in ("== size (1 of 1) ==", "seconds of an import in a fresh process")]
     assert order == sorted(order), "what a section prints stands under its name"
     summary = json.loads(lines[-1])
     measured = json.loads(Path(summary["results"]).read_text())["measured"]
@@ -384,7 +407,7 @@ def test_a_real_interrupt_leaves_no_process_behind(interrupt, tmp_path):
         text=True,
         start_new_session=True,
     )
-    while whole.stdout.readline().strip() != "== size ==":
+    while whole.stdout.readline().strip() != "== size (1 of 1) ==":
         assert whole.poll() is None
     time.sleep(1)  # The section is at work, most likely.
     interrupt(whole.pid, signal.SIGINT)

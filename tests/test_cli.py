@@ -435,6 +435,11 @@ ROLLOUTS = ["--algo", "ppo", "--batch-size", 50, "--epochs", 2, "--hidden", 8, "
 OTHERS = {
     "ppo, host": (["CartPole-v1", *ROLLOUTS, "--rollout-length", 100], dqn_jax.PPO, "explained_variance"),
     "ppo, curious": (["CartPole-v1", *ROLLOUTS, "--rollout-length", 100, "--curiosity", "rnd"], dqn_jax.PPO, "intrinsic_reward"),
+    "sac, curious": (
+        ["CartPole-v1", "--algo", "sac", "--hidden", 8, *TINY[:8], "--eval-episodes", 2, "--curiosity", "snd-v"],
+        dqn_jax.SAC,
+        "predictor_loss",
+    ),
     "ppo, compiled": (["phys2d/Pendulum-v0", *ROLLOUTS, "--rollout-length", 25, "--num-envs", 4], dqn_jax.PPO, "explained_variance"),
     "sac, host": (["Pendulum-v1", "--algo", "sac", "--hidden", 8, *TINY[:8], "--eval-episodes", 2], dqn_jax.SAC, "temperature"),
 }

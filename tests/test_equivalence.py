@@ -11,6 +11,7 @@ from linear_networks import linear, policy_and_value
 
 import dqn_jax
 from dqn_jax import DQN, PPO, SAC
+from dqn_jax.curiosity.curious import CuriousState
 from dqn_jax.memory.prioritized import Prioritized
 
 
@@ -62,6 +63,8 @@ CASES = {
             "learning_rate": (1e-3, 0.0, 4_000),
         },
     ),
+    "DQN, four, curious": ("dqn", 4, {"curiosity": "rnd", "prioritized": True}),
+    "PPO, one, curious": ("ppo", 1, {"curiosity": "snd-vic"}),
     "SAC, one, pushed": ("sac", 1, {}),
     "SAC, four, prioritized n-step": (
         "sac",
@@ -208,8 +211,12 @@ def test_parameters_are_equal_bit_for_bit(case):
 def test_something_was_learnt(case):
     _, start, result, _, _, kind = case
     assert int(result.state.updates) > kind.updates
+    learners = [state.learner for state in (start, result.state)]
+    if isinstance(learners[0], CuriousState):
+        assert dqn_jax.digest(learners[0].curiosity.predictor) != dqn_jax.digest(learners[1].curiosity.predictor)
+        learners = [both.learner for both in learners]
     for field in kind.learnt:
-        both = (jax.tree.leaves(getattr(state.learner, field)) for state in (start, result.state))
+        both = (jax.tree.leaves(getattr(learner, field)) for learner in learners)
         assert all(not np.array_equal(one, other) for one, other in zip(*both, strict=True)), field
 
 

@@ -255,9 +255,10 @@ def told_apart(seed=0, length=T, **fields):
     return t._replace(**fields)
 
 
-def recorded(t, *, number=1, seed=0, learner=None, values=None, epochs=1, minibatch_size=None, scale_reward=False, **numbers):
+def recorded(t, *, number=1, seed=0, learner=None, values=None, epochs=1, minibatch_size=None, scale_reward=False, normalize_advantage=True, **numbers):
     """A learner that has recorded the gradients of one rollout, which have moved nothing."""
     static = {"epochs": epochs, "minibatch_size": minibatch_size or t.reward.size, "scale_reward": scale_reward}
+    static["normalize_advantage"] = normalize_advantage
     if learner is None:
         learner = fresh("categorical", t, recorder(number), values, scale_reward=scale_reward)
     return program("categorical", recorder(number), **static)(learner, t, jax.random.key(seed), {"value_coef": 1.0, **numbers})
@@ -330,13 +331,15 @@ def test_every_row_is_learnt_from_once_in_each_epoch_in_an_order_of_its_own():
     assert len(orders) == 6
 
 
-def test_advantages_are_normalised_within_each_minibatch():
+@pytest.mark.parametrize("normalised", [True, False])
+def test_advantages_are_normalised_within_each_minibatch_or_as_they_are(normalised):
     t = told_apart()
-    after, _ = recorded(t, number=4, minibatch_size=3, gae_lambda=LAMBDA, entropy_coef=0.0, clip=1e6)
+    options = {"minibatch_size": 3, "gae_lambda": LAMBDA, "entropy_coef": 0.0, "clip": 1e6, "normalize_advantage": normalised}
+    after, _ = recorded(t, number=4, **options)
     params, (value, next_value) = doubles(after.params), values_of(t, after)
     raw = advantages(t, value, next_value).ravel()
     for number, rows in enumerate(sorted(batch) for batch in rows_in(after)):
-        advantage = (raw[rows] - raw[rows].mean()) / raw[rows].std()
+        advantage = (raw[rows] - raw[rows].mean()) / raw[rows].std() if normalised else raw[rows]
         for row, of_row in zip(rows, advantage, strict=True):
             logits = params["policy"][row] + params["policy_bias"]
             probability = np.exp(logits) / np.exp(logits).sum()

@@ -7,10 +7,11 @@ import pytest
 from gymnasium import spaces
 
 import dqn_jax
-from dqn_jax import PRESETS, DQNOptions
+from dqn_jax import PPO_PRESETS, PRESETS, DQNOptions
 from dqn_jax.memory.frames import Frames
 from dqn_jax.memory.prioritized import Prioritized
 from dqn_jax.memory.ring import Ring
+from dqn_jax.normalize import Moments
 from dqn_jax.presets.reading import encoder_of
 
 ACTIONS = spaces.Discrete(3)
@@ -84,3 +85,52 @@ def test_a_million_frames_fit_in_what_the_readme_says():
 def test_every_preset_makes_an_agent(name):
     space = image(10, 10, 4, dtype=bool) if name == "minatar" else gymnasium.make("CartPole-v1").observation_space
     dqn_jax.DQN((space, ACTIONS), **PRESETS[name])
+
+
+@pytest.mark.parametrize("name", ["rnd_paper", "snd_v", "snd_std", "snd_vic"])
+def test_presets_of_curiosity_learn_from_stacked_frames_and_see_the_newest(name):
+    space = image(4, 84, 84)
+    options = {**PPO_PRESETS[name], "rollout_length": 2, "batch_size": 2, "epochs": 1, "curiosity_epochs": 1}
+    agent = dqn_jax.ppo((space, ACTIONS), **options)
+    random = np.random.default_rng(0)
+    rows = [random.integers(256, size=(1, *space.shape)).astype(np.uint8) for _ in range(4)]
+    state = jax.jit(agent.init)(jax.random.key(0), rows[0])
+    kernel = state.learner.curiosity.predictor["params"]["Conv_0"]["kernel"]
+    assert kernel.shape[2] == 1 and state.learner.learner.params["params"]["Conv_0"]["kernel"].shape[2] == 4
+    # PPO's network sees all four frames, curiosity but one of them.
+
+
+@pytest.mark.parametrize(
+    ("space", "normalised"),
+    [
+        (spaces.Box(0, 1, (4,)), False),
+        (spaces.Box(-1, 1, (4,)), True),
+        (spaces.Discrete(5), False),
+        (image(10, 10, 4, dtype=bool), False),
+        (image(84, 84, 4), True),
+        (spaces.Dict({"a": spaces.Discrete(2), "b": spaces.Box(0, 1, (2,))}), False),
+        (spaces.Tuple([spaces.Discrete(2), spaces.Box(0, 2, (2,))]), True),
+        (spaces.Dict({"observation": spaces.Box(0, 9, (4,)), "action_mask": spaces.MultiBinary(3)}), True),
+    ],
+    ids=str,
+)
+def test_rnd_normalises_what_is_not_small_anyway(space, normalised):
+    for curiosity in ("rnd", "snd-vic"):
+        agent = dqn_jax.ppo((space, ACTIONS), curiosity=curiosity)
+        state = jax.eval_shape(agent.init, jax.random.key(0), dqn_jax.spaces.example(space, 1))
+        assert isinstance(state.learner.curiosity.observations, Moments) == (normalised and curiosity == "rnd")
+
+
+@pytest.mark.parametrize("frames", ["off", "stack_first"])
+def test_a_replay_of_frames_serves_curiosity(frames):
+    space = image(2, 12, 12)
+    options = {"n_steps": 1, "replay_start_size": 8, "batch_size": 4, "capacity": 32, "hidden": (8,), "curiosity_channels": 1}
+    agent = dqn_jax.DQN((space, ACTIONS), curiosity="rnd", frames=frames, **options)
+    random = np.random.default_rng(0)
+    observation = np.zeros(space.shape, np.uint8)
+    for _ in range(12):
+        observation = np.stack([observation[1], random.integers(256, size=(12, 12)).astype(np.uint8)])
+        agent.act_and_train(observation, 0.0)
+    statistics = agent.get_statistics()
+    assert statistics["n_updates"] > 0 and statistics["average_intrinsic_reward"] > 0
+    assert agent.state.learner.curiosity.predictor["params"]["Conv_0"]["kernel"].shape[2] == 1

@@ -12,7 +12,7 @@ Schulman et al. (2016). The details that make it work are those of Engstrom et a
 
 Differs from the paper in:
   1. Truncated episodes bootstrap from the true final observation; only terminated ones do not.
-  2. Advantages are normalised in each minibatch; the value target is made of what they were before.
+  2. Advantages are normalised in each minibatch, unless asked otherwise; the value target is made of what they were before.
   3. The value may be clipped as the ratio is, the policy's movement may end the learning from a rollout early, observations may be
      normalised and rewards scaled by what was seen so far: each an option.
   4. Observations are normalised by what earlier rollouts held, the first rollout not at all; rewards by what has come up to and with the
@@ -85,6 +85,7 @@ def ppo(
     intrinsic_coef: chex.Numeric | None = None,
     value_clip: chex.Numeric | None = None,
     target_kl: chex.Numeric | None = None,
+    normalize_advantage: bool = True,
     normalize_observation: bool = False,
     scale_reward: bool = False,
 ) -> Algorithm:
@@ -110,6 +111,7 @@ def ppo(
       target_kl: an estimate of how far the policy has moved, in nats, at which the rest of the rollout is left alone, or None. What is
         left alone does not ask the optimizer, and metrics end with the minibatch that showed it; a further one, ``learnt``, is the share of
         minibatches that were learnt from.
+      normalize_advantage: whether the advantages of a minibatch are shifted to mean 0 and scaled to deviation 1.
       normalize_observation: whether floats among the observations are normalised by their moments, and clipped to 10 deviations. The
         moments of a rollout are folded in after learning from it, and stay as they are while the agent acts.
       scale_reward: whether rewards are divided by the deviation of their discounted sums, and clipped to 10, as in OpenAI's baselines.
@@ -212,7 +214,9 @@ def ppo(
         log_ratio = _each(distribution.log_prob, outputs, mask, rows.action) - rows.log_prob  # [B]
         log_ratio = jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO)
         ratio = jnp.exp(log_ratio)
-        advantage = (rows.advantage - jnp.mean(rows.advantage)) / (jnp.std(rows.advantage) + normalize.EPSILON)
+        advantage = rows.advantage  # [B]
+        if normalize_advantage:
+            advantage = (advantage - jnp.mean(advantage)) / (jnp.std(advantage) + normalize.EPSILON)
         policy_loss = -jnp.mean(jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - clip, 1 + clip) * advantage))
         value_error = returns.squared(value - rows.value_target)
         if value_clip is not None:

@@ -20,13 +20,14 @@ from typing import Any
 from dqn_jax.bench import machine, pictures, report
 from dqn_jax.bench.loops import INLINE, SPREAD
 
-SECTIONS = ("size", "memory", "loops", "latency", "scaling", "roofline", "pixels", "policies")
+SECTIONS = ("size", "memory", "loops", "latency", "scaling", "roofline", "pixels", "policies", "curiosity")
 # In which other ways sections run where JAX computes on the CPU; loops measures all ways by itself.
 WAYS = {
     "latency": {INLINE: "--inline"},
     "scaling": {INLINE: "--inline", SPREAD: "--spread"},
     "roofline": {INLINE: "--inline"},
     "policies": {INLINE: "--inline", SPREAD: "--spread"},
+    "curiosity": {INLINE: "--inline"},
 }
 CHANGED = 1.2  # From this ratio on, either way, a headline counts as changed.
 
@@ -76,8 +77,8 @@ def bench(sections: Collection[str], quick: bool, repeats: int, folder: Path) ->
         "measured": {},
     }
     try:
-        for name, words in planned.items():
-            print(f"\n== {name} ==", flush=True)
+        for number, (name, words) in enumerate(planned.items(), 1):
+            print(f"\n== {name} ({number} of {len(planned)}) ==", flush=True)
             _add(results, name, words)
             _write(path, results)
     except KeyboardInterrupt:

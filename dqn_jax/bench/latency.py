@@ -26,7 +26,6 @@ import gymnasium
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 from dqn_jax import networks, spaces
 from dqn_jax.bench import report
@@ -301,11 +300,11 @@ def show(measured: dict[str, Any]) -> None:
 
 def main() -> None:
     """Measures, prints tables, and writes everything to ``--out``."""
-    options = tyro.cli(Options, description=__doc__)
+    options = report.options(Options, __doc__)
     if options.inline:
         compute_inline()
     report.run(measure, show, options.quick, options.out, inline=options.inline)
 
 
 if __name__ == "__main__":
-    main()
+    report.command(main)

@@ -33,9 +33,8 @@ from typing import Any, Literal
 import gymnasium
 import jax
 import numpy as np
-import tyro
 
-from dqn_jax.bench import compiled_loops, host_loops, libtorch, machine, peers, torch_loops
+from dqn_jax.bench import compiled_loops, host_loops, libtorch, machine, peers, report, torch_loops
 from dqn_jax.bench.settings import DECK, PLAIN, Setting
 from dqn_jax.envs import make
 from dqn_jax.programs import compute_inline, device_per_core
@@ -402,19 +401,19 @@ def _summarize(rounds: list[dict[str, Any]], name: str, first: str) -> dict[str,
     return summary
 
 
-def table(report: dict[str, Any]) -> str:
+def table(done: dict[str, Any]) -> str:
     """The plain table of one piece of work."""
-    first = without_way(report["summary"][0]["contender"])[0]
+    first = without_way(done["summary"][0]["contender"])[0]
     head = ("", "steps/s", "CPU us/step", "compile s", f"{first}, times as fast", "greedy return (worst)", "timings used")
     rows = [head]
-    for line in report["summary"]:
+    for line in done["summary"]:
         compile_seconds = f"{line['compile_seconds']['median']:.1f}" if "compile_seconds" in line else "-"
-        ratio = "1" if line is report["summary"][0] else _spread(line["ratio"], ".2f")
+        ratio = "1" if line is done["summary"][0] else report.ranged(line["ratio"], ".2f")
         greedy = f"{line['return_mean']:.0f} ({line['return_worst']:.0f})"
         rows.append(
             (
                 line["contender"],
-                _spread(line["steps_per_second"], ",.0f"),
+                report.ranged(line["steps_per_second"], ",.0f"),
                 f"{line['cpu_us_per_step']['median']:.0f}",
                 compile_seconds,
                 ratio,
@@ -424,16 +423,12 @@ def table(report: dict[str, Any]) -> str:
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([f"{report['title']} ({report['updates']:,} updates)", *lines])
-
-
-def _spread(values: dict[str, float], spec: str) -> str:
-    return f"{values['median']:{spec}} ({values['min']:{spec}}-{values['max']:{spec}})"
+    return "\n".join([f"{done['title']} ({done['updates']:,} updates)", *lines])
 
 
 def main() -> None:
     """The command."""
-    options = tyro.cli(Options, description=__doc__)
+    options = report.options(Options, __doc__)
     if options.one:
         print(json.dumps(_one(options.one)))
         return
@@ -444,7 +439,11 @@ def main() -> None:
     print(
         f"{described['processor']}, {described['usable_cores']} of {described['cores']} cores, {described['memory']}, {described['system']}"
     )
-    contenders, reports, is_cpu = chosen(options.only), [], machine.find_device()["platform"] == "cpu"
+    try:
+        contenders = chosen(options.only)
+    except ValueError as error:
+        sys.exit(str(error))
+    reports, is_cpu = [], machine.find_device()["platform"] == "cpu"
     learnt: dict[tuple[str, Setting], Any] = {}
     for work in SHORT if options.quick else FULL:
         if work.kind not in options.kinds:
@@ -459,11 +458,11 @@ def main() -> None:
             recorded = {"machine": described, "settings": settings, "differences": peers.DIFFERENCES, "reports": reports}
             options.out.write_text(json.dumps(recorded, indent=1) + "\n")
     print("\nMedians (and ranges) over the timings used; ratios are of timings in the same round.")
-    if any(line["loud"] for report in reports for line in report["summary"]):
+    if any(line["loud"] for one in reports for line in one["summary"]):
         print(f"* No quiet timing, or no quiet pair: other programs used more than {QUIET} cores during each. Measure again.")
-    if failed := [error for report in reports for error in report["failed"].values()]:
+    if failed := [error for one in reports for error in one["failed"].values()]:
         sys.exit("\n".join(failed))
 
 
 if __name__ == "__main__":
-    main()
+    report.command(main)

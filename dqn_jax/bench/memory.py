@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 import gymnasium
 import jax
 import numpy as np
-import tyro
 
 from dqn_jax import footprint, spaces
 from dqn_jax.bench import libtorch, report, torch_loops
@@ -266,7 +265,7 @@ def show(measured: dict[str, Any]) -> None:
 
 def main() -> None:
     """Measures, prints tables, and writes everything to ``--out``."""
-    options = tyro.cli(Options, description=__doc__)
+    options = report.options(Options, __doc__)
     if options.one:
         asked = json.loads(options.one)
         name, quick = asked["name"], asked["quick"]
@@ -278,4 +277,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    report.command(main)

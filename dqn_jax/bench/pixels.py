@@ -15,7 +15,6 @@ import chex
 import jax
 import jax.numpy as jnp
 import optax
-import tyro
 from flax import linen as nn
 
 from dqn_jax.algorithms.dqn import dqn
@@ -115,7 +114,7 @@ def measure(work: Any, repeats: int) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     """Measures, prints a table, and writes everything to ``--out``."""
-    options = tyro.cli(Options, description=__doc__)
+    options = report.options(Options, __doc__)
     if options.inline:
         compute_inline()
     everything: dict[str, Any] = {"device": str(jax.devices()[0]), "update_ms": {}}
@@ -126,4 +125,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    report.command(main)

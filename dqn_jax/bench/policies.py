@@ -20,16 +20,16 @@ import gymnasium
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 from dqn_jax.bench import peers, policy_loops, report
 from dqn_jax.envs import make
 from dqn_jax.presets.sac import SAC
 from dqn_jax.programs import compute_inline, device_per_core
-from dqn_jax.seeds import over_seeds
+from dqn_jax.seeds import over_seeds, sharding
 from dqn_jax.types import AgentState
 
 REJAX = "rejax"
+ON_ONE = ", one device"  # Where our loop is spread over several, those of others are measured both ways.
 LOOPS = {"ours": policy_loops.ours, "PureJaxRL style": policy_loops.purejaxrl_style, REJAX: peers.rejax_ppo}
 EPISODES = 20  # Of a greedy evaluation.
 # Environment, its arguments, rollouts, and seeds trained at once.
@@ -54,7 +54,8 @@ class Options:
     inline: bool = False
     """Compute on the one thread that asks (``dqn_jax.compute_inline``)."""
     spread: bool = False
-    """Give each core a device of its own (``dqn_jax.device_per_core``); loops of several seeds are spread over them, the others' too."""
+    """Give each core a device of its own (``dqn_jax.device_per_core``); loops of several seeds are spread over them; those of
+    others too, and once more on one device."""
     torch_threads: int = 1
     """Threads of SB3."""
     only: tuple[Literal["ppo", "sac"], ...] = ("ppo", "sac")
@@ -82,12 +83,16 @@ def measure_loops(works: Any, repeats: int) -> dict[str, Any]:
             if name == REJAX and importlib.util.find_spec("rejax") is None:
                 print("rejax is skipped: it is not installed")
                 continue
-            loop = over_seeds(build(env, rollouts))  # What it needs is imported here.
-            begin = time.perf_counter()
-            programs[name] = jax.jit(loop).lower(keys[0]).compile()
-            compile_seconds = time.perf_counter() - begin
-            _, steps = programs[name](keys[0])  # The first call of a program also allocates: it is not timed.
-            result[name] = {"compile_seconds": compile_seconds, "steps": np.asarray(steps).tolist(), "speeds": [], "returns": []}
+            loop = build(env, rollouts)  # What it needs is imported here.
+            ways = {name: over_seeds(loop)}
+            if name != "ours" and sharding(seeds) is not None:
+                ways[name + ON_ONE] = jax.vmap(loop)  # As its users have it.
+            for way, mapped in ways.items():
+                begin = time.perf_counter()
+                programs[way] = jax.jit(mapped).lower(keys[0]).compile()
+                compile_seconds = time.perf_counter() - begin
+                _, steps = programs[way](keys[0])  # The first call of a program also allocates: it is not timed.
+                result[way] = {"compile_seconds": compile_seconds, "steps": np.asarray(steps).tolist(), "speeds": [], "returns": []}
         made = {name: one["steps"] for name, one in result.items()}
         if any(steps != [rollouts * policy_loops.ROLLOUT] * seeds for steps in made.values()):
             raise RuntimeError(f"the loops did not make the same steps: {made}")
@@ -110,13 +115,9 @@ def show_loops(title: str, result: dict[str, dict[str, Any]]) -> None:
     rows = []
     for name, one in result.items():
         returns = f"{np.mean(one['returns']):.1f} ({min(one['returns']):.1f})"
-        speed, ratio = _range(report.spread(one["speeds"]), ",.0f"), _range(one["ratio"], ".2f") if name != "ours" else "1"
+        speed, ratio = report.ranged(report.spread(one["speeds"]), ",.0f"), report.ranged(one["ratio"], ".2f") if name != "ours" else "1"
         rows.append((name, speed, f"{one['compile_seconds']:.1f}", returns, ratio))
     report.table(f"PPO, {title}", ("", "steps/s", "compile s", "greedy return (worst)", "ours, times as fast"), rows)
-
-
-def _range(values: dict[str, float], spec: str) -> str:
-    return f"{values['median']:{spec}} ({values['min']:{spec}}-{values['max']:{spec}})"
 
 
 # SAC.
@@ -234,10 +235,10 @@ def measure_sac(repeats: int, torch_threads: int, quick: bool) -> dict[str, Any]
         result[name]["ratio"] = report.spread([b / a for a, b in zip(milliseconds["ours"], milliseconds[name], strict=True)])
         choose = contender.learn(learn_steps, 0)
         result[name]["return"] = float(np.mean([_episode(choose, 100 + episode) for episode in range(episodes)]))
-    rows = [
-        (name, _range(one["update_ms"], ".2f"), f"{one['return']:.0f}", _range(one["ratio"], ".2f") if name != "ours" else "1")
-        for name, one in result.items()
-    ]
+    rows = []
+    for name, one in result.items():
+        ratio = report.ranged(one["ratio"], ".2f") if name != "ours" else "1"
+        rows.append((name, report.ranged(one["update_ms"], ".2f"), f"{one['return']:.0f}", ratio))
     title = (
         f"SAC, 2x256, batch {SAC_BATCH}, {SAC_SHAPE[0]} and {SAC_SHAPE[1]} numbers, {updates} updates a call; SB3 on {torch_threads} "
         f"thread{'s'[: torch_threads > 1]}; return: Pendulum-v1 after {learn_steps:,} steps, {episodes} episode{'s'[: episodes > 1]}"
@@ -258,7 +259,7 @@ def _episode(choose: Callable[[Any], Any], seed: int) -> float:
 
 def main() -> None:
     """Measures, prints tables, and writes everything to ``--out``."""
-    options = tyro.cli(Options, description=__doc__)
+    options = report.options(Options, __doc__)
     if options.inline:
         compute_inline()
     if options.spread:
@@ -286,4 +287,4 @@ def differences() -> dict[str, tuple[str, ...]]:
 
 
 if __name__ == "__main__":
-    main()
+    report.command(main)

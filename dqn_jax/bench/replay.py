@@ -20,7 +20,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 from dqn_jax.bench import machine, report
 from dqn_jax.envs import make
@@ -221,7 +220,7 @@ def measure_loop(interval: int, steps: int, repeats: int) -> dict[str, dict[str,
 
 def main() -> None:
     """Measures, prints tables, and writes everything to ``--out``."""
-    options = tyro.cli(Options, description=__doc__)
+    options = report.options(Options, __doc__)
     everything: dict[str, Any] = {"machine": machine.describe(), "device": str(jax.devices()[0]), "sampling_us": {}, "loop": {}}
     for capacity in options.capacities:
         for batch_size in options.batch_sizes:
@@ -237,4 +236,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    report.command(main)

@@ -1,19 +1,49 @@
-"""What the benchmarks have in common: summaries of repeated measurements, tables, and the file of results."""
+"""What the benchmarks have in common: their commands, summaries of repeated measurements, tables, and the file of results."""
 
 import json
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import tyro
 
 from dqn_jax.bench import machine
+
+Kind = TypeVar("Kind")
+
+
+def options(kind: type[Kind], description: str | None) -> Kind:
+    """A section's options, from the command line. It exits where ``--out`` cannot be written: better now than after an hour."""
+    given = tyro.cli(kind, description=description)
+    out: Path | None = given.out  # type: ignore[attr-defined]
+    try:
+        if out is not None:
+            out.touch()
+    except OSError as error:
+        sys.exit(f"--out {out} cannot be written ({error.strerror}): name another file")
+    return given
+
+
+def command(main: Callable[[], None]) -> None:
+    """Runs a section as a program, which Ctrl-C ends without a traceback."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)  # As shells have it for SIGINT.
 
 
 def spread(values: list[float]) -> dict[str, float]:
     """The median and the range of repeated measurements."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def ranged(values: dict[str, float], spec: str) -> str:
+    """``median (min-max)`` of what ``spread`` gives, each number by a format such as ``,.0f``."""
+    return f"{values['median']:{spec}} ({values['min']:{spec}}-{values['max']:{spec}})"
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:

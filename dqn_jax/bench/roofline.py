@@ -20,7 +20,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import tyro
 
 from dqn_jax import spaces
 from dqn_jax.bench import report
@@ -194,11 +193,11 @@ def show(measured: dict[str, Any]) -> None:
 
 def main() -> None:
     """Measures, prints a line for each network, and writes everything to ``--out``."""
-    options = tyro.cli(Options, description=__doc__)
+    options = report.options(Options, __doc__)
     if options.inline:
         compute_inline()
     report.run(measure, show, options.quick, options.out, inline=options.inline)
 
 
 if __name__ == "__main__":
-    main()
+    report.command(main)

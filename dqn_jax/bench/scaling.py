@@ -34,7 +34,6 @@ import gymnasium
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 from dqn_jax import footprint, spaces
 from dqn_jax.bench import report
@@ -487,7 +486,7 @@ def show(measured: dict[str, Any]) -> None:
 
 def main() -> None:
     """Measures, prints tables, and writes everything to ``--out``."""
-    options = tyro.cli(Options, description=__doc__)
+    options = report.options(Options, __doc__)
     if options.inline and options.spread:
         raise SystemExit("--inline asks for one device and --spread for one for each core: give one of them")
     if options.inline:
@@ -503,4 +502,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    report.command(main)

@@ -22,8 +22,6 @@ from importlib.metadata import Distribution, PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from dqn_jax.bench import report
 
 # Distributions, and what their users import.
@@ -193,9 +191,9 @@ def show(measured: dict[str, Any]) -> None:
 
 def main() -> None:
     """Measures, prints tables, and writes everything to ``--out``."""
-    options = tyro.cli(Options, description=__doc__)
+    options = report.options(Options, __doc__)
     report.run(measure, show, options.quick, options.out)
 
 
 if __name__ == "__main__":
-    main()
+    report.command(main)

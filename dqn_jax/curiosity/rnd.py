@@ -12,7 +12,6 @@ Differs from the paper in:
 
 from typing import Any
 
-import chex
 import optax
 
 from dqn_jax.curiosity.distillation import distillation
@@ -20,36 +19,16 @@ from dqn_jax.types import Curiosity
 
 
 def rnd(
-    target: Any,
-    predictor: Any,
-    optimizer: optax.GradientTransformation,
-    *,
-    see: Any = lambda observation: observation,
-    normalize_observation: bool = True,
-    discount: chex.Numeric = 0.99,
-    share: chex.Numeric | None = None,
-    epochs: int = 1,
-    minibatch_size: int | None = None,
+    target: Any, predictor: Any, optimizer: optax.GradientTransformation, *, normalize_observation: bool = True, **options: Any
 ) -> Curiosity:
-    """RND as a curiosity: the bonus is for the successor, and scaled by its running size.
+    """RND as a curiosity: ``distillation`` of a target that stays as it was initialised.
 
     Args:
-      target, predictor, optimizer, see, discount, epochs, minibatch_size: as for ``distillation.distillation``.
+      target, predictor, optimizer: as for ``distillation.distillation``.
       normalize_observation: as there; for images and numbers of all sizes, not for one-hot vectors, whose rare parts it would blow up.
-      share: of the rows that the predictor learns from, against its learning too fast where there are many environments; the paper has
-        0.25 at 128 environments, all at 32.
+      **options: as there. The ``share`` of the rows that the predictor learns from is 0.25 at 128 environments in the paper, all at 32.
 
     Returns:
       A ``Curiosity``.
     """
-    return distillation(
-        target,
-        predictor,
-        optimizer,
-        see=see,
-        normalize_observation=normalize_observation,
-        discount=discount,
-        share=share,
-        epochs=epochs,
-        minibatch_size=minibatch_size,
-    )
+    return distillation(target, predictor, optimizer, normalize_observation=normalize_observation, **options)

@@ -12,6 +12,7 @@ import optax
 from dqn_jax import networks, spaces
 from dqn_jax.agent import assemble
 from dqn_jax.algorithms.dqn import dqn as dqn_algorithm
+from dqn_jax.curiosity.curious import curious
 from dqn_jax.memory.frames import require_succession
 from dqn_jax.online import OnlineAgent
 from dqn_jax.optimizers import join_small
@@ -25,6 +26,7 @@ from dqn_jax.options import (
     require_widths,
     schedule,
 )
+from dqn_jax.presets.curiosity import curiosity_of, require_curiosity, require_single_steps
 from dqn_jax.presets.reading import encoder_of, read_env, read_spaces, require_mask
 from dqn_jax.presets.replay import STACK_AXIS, replay_of, storage_of
 from dqn_jax.types import Agent, AgentState
@@ -63,6 +65,14 @@ class DQNOptions:
     beta: tuple[float, float, int] | float = (0.4, 1.0, 100_000)
     """How far importance weights make up for prioritization: start, end and the transitions between (linear); or a constant; in Python
     also an optax schedule. Unused unless prioritized."""
+    curiosity: Literal["off", "rnd", "snd-v", "snd-std", "snd-vic"] = "off"
+    """Whether the agent also pays itself for what is new to it, and by what: RND, or SND with one of three losses. It needs n_steps=1."""
+    intrinsic_coef: float = 1.0
+    """Factor of that pay, which on average is about 1 at first."""
+    curiosity_learning_rate: float = 1e-3
+    """Step size of Adam for what knows what is new."""
+    curiosity_channels: int | None = None
+    """Last channels of an image that it sees, 1 for the newest of a stack of grey frames; None for all, and of no use for vectors."""
     replay_start_size: int = 1_000
     """Transitions stored before the first update."""
     update_interval: int = 1
@@ -146,6 +156,8 @@ def dqn_options(**options: Any) -> DQNOptions:
         require_int("target_update_interval", o.target_update_interval, 1)
     require_widths(o.hidden)
     require_replay(o)
+    require_curiosity(o)
+    require_single_steps(o)
     require_schedule("epsilon", o.epsilon)
     return o
 
@@ -202,6 +214,8 @@ def dqn(env_or_spaces: Any, *, network: Any = None, optimizer: optax.GradientTra
         target_update_interval=target_update_interval,
         tau=tau,
     )
+    if o.curiosity != "off":
+        algorithm = curious(algorithm, curiosity_of(o, observation_space), weight=o.intrinsic_coef)
     return assemble(
         algorithm,
         replay_of(o, storage),

@@ -49,6 +49,8 @@ class PPOOptions:
     """How far a value may leave what it was and still be rewarded for it, or None."""
     value_coef: float = 0.5
     """Weight of the value's part of the loss."""
+    normalize_advantage: bool = True
+    """Shift and scale the advantages of a minibatch to mean 0 and deviation 1."""
     entropy_coef: float = 0.0
     """Weight of the entropy's part of the loss."""
     curiosity: Literal["off", "rnd", "snd-v", "snd-std", "snd-vic"] = "off"
@@ -63,8 +65,18 @@ class PPOOptions:
     """Step size of Adam for what knows what is new."""
     curiosity_epochs: int = 1
     """Times that it learns from each rollout, in minibatches of batch_size."""
+    curiosity_channels: int | None = None
+    """Last channels of an image that it sees, 1 for the newest of a stack of grey frames; None for all, and of no use for vectors."""
     predictor_share: float | None = None
     """Share of each minibatch that its predictor learns from, against its learning too fast; None for all."""
+    predictor_mask: Literal["rows", "features"] = "rows"
+    """Of what predictor_share is a share: of the rows, or of the numbers in their features."""
+    bonus_on: Literal["successor", "observation"] = "successor"
+    """What a transition is paid for."""
+    bonus_scale: float | None = None
+    """Factor of the pay; None divides it by the running deviation of its discounted sums instead."""
+    bonus_clip: float | None = None
+    """The most that a transition is paid, or None."""
     target_kl: float | None = None
     """How far the policy may move, in nats, before the rest of the rollout is left alone; or None. A learning rate that falls then falls by
     the transitions learnt from."""
@@ -85,6 +97,21 @@ class PPOOptions:
     """Bound on the gradient's global norm, or None; unused where an optimizer is given."""
 
 
+# What SND's authors share between their three losses: for num_envs=128, and grey frames stacked.
+_SND: dict[str, Any] = {
+    "rollout_length": 128,
+    "batch_size": 512,
+    "epochs": 4,
+    "learning_rate": 1e-4,
+    "gamma": 0.998,
+    "clip": 0.1,
+    "entropy_coef": 0.001,
+    "normalize_advantage": False,
+    "curiosity_learning_rate": 1e-4,
+    "curiosity_channels": 1,
+    "bonus_on": "observation",
+    "bonus_clip": 1.0,
+}
 PPO_PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     # After CleanRL's ppo_continuous_action; the learning rate falls over a million transitions.
@@ -117,9 +144,41 @@ PPO_PRESETS: dict[str, dict[str, Any]] = {
         "gae_lambda": 0.98,
         "entropy_coef": 0.01,
     },
+    # For num_envs=64 and curiosity; rollout_length and batch_size, 16 times as large, go with the size of the sea, here 20.
+    "deepsea": {
+        "rollout_length": 20,
+        "batch_size": 320,
+        "epochs": 4,
+        "learning_rate": 1e-3,
+        "gamma": 0.999,
+        "clip": 0.1,
+        "entropy_coef": 0.001,
+        "normalize_advantage": False,
+    },
+    # For num_envs=32, after Burda et al. (2018), table 5; grey frames stacked.
+    "rnd_paper": {
+        "curiosity": "rnd",
+        "rollout_length": 128,
+        "batch_size": 1024,
+        "epochs": 4,
+        "learning_rate": 1e-4,
+        "gamma": 0.999,
+        "clip": 0.1,
+        "value_coef": 1.0,
+        "entropy_coef": 0.001,
+        "normalize_advantage": False,
+        "max_grad_norm": None,
+        "curiosity_learning_rate": 1e-4,
+        "curiosity_epochs": 4,
+        "curiosity_channels": 1,
+    },
+    # After Pechac et al. (2023) and their code, which has a fixed factor for the bonus: those of Montezuma's Revenge.
+    "snd_v": {**_SND, "curiosity": "snd-v", "bonus_scale": 0.5, "predictor_share": 0.25, "predictor_mask": "features"},
+    "snd_std": {**_SND, "curiosity": "snd-std", "bonus_scale": 1.0},
+    "snd_vic": {**_SND, "curiosity": "snd-vic", "bonus_scale": 0.25},
 }
-"""Named sets of options for PPO, named after what they are for; some are for several environments: --num-envs 64 for minatar, 8 for
-pendulum, 16 for lunarlander."""
+"""Named sets of options for PPO, named after what they are for, or after the papers that they follow; some are for several environments:
+--num-envs 64 for minatar and deepsea, 8 for pendulum, 16 for lunarlander, 32 for rnd_paper, 128 for snd_v, snd_std and snd_vic."""
 
 
 def ppo_options(**options: Any) -> PPOOptions:
@@ -128,17 +187,19 @@ def ppo_options(**options: Any) -> PPOOptions:
     require_number("gamma", o.gamma, 0, 1)
     require_number("gae_lambda", o.gae_lambda, 0, 1)
     require_curiosity(o)
-    for name in ("intrinsic_coef", "extrinsic_coef"):
-        require_number(name, getattr(o, name), 0, math.inf)
+    require_number("intrinsic_gamma", o.intrinsic_gamma, 0, 1)
+    require_number("extrinsic_coef", o.extrinsic_coef, 0, math.inf)
     require_int("curiosity_epochs", o.curiosity_epochs, 1)
     require_rate("learning_rate", o.learning_rate)
     for name, low in {"rollout_length": 1, "batch_size": 2, "epochs": 1}.items():  # Advantages are normalised within a minibatch.
         require_int(name, getattr(o, name), low)
     for name in ("value_coef", "entropy_coef"):
         require_number(name, getattr(o, name), 0, math.inf)
-    for name in ("clip", "value_clip", "target_kl", "max_grad_norm"):
+    for name in ("clip", "value_clip", "target_kl", "max_grad_norm", "bonus_scale", "bonus_clip"):
         if getattr(o, name) is not None:
             require_number(name, getattr(o, name), 0, math.inf, open_low=True)
+    if o.predictor_share is not None:
+        require_number("predictor_share", o.predictor_share, 0, 1, open_low=True)
     if o.clip is None:
         raise TypeError("clip must be a number, got None: ratios never exceed 20, so 20 clips none")
     if not isinstance(o.shared, bool | None):
@@ -201,11 +262,23 @@ def ppo(env_or_spaces: Any, *, network: Any = None, optimizer: optax.GradientTra
         intrinsic_coef=o.intrinsic_coef if is_curious else None,
         value_clip=o.value_clip,
         target_kl=o.target_kl,
+        normalize_advantage=o.normalize_advantage,
         normalize_observation=o.normalize_observation,
         scale_reward=o.scale_reward,
     )
     if is_curious:
-        urge = curiosity_of(o, observation_space, epochs=o.curiosity_epochs, minibatch_size=o.batch_size)
+        urge = curiosity_of(
+            o,
+            observation_space,
+            discount=o.intrinsic_gamma,
+            scale=o.bonus_scale,
+            clip=o.bonus_clip,
+            bonus_on_successor=o.bonus_on == "successor",
+            share=o.predictor_share,
+            mask_features=o.predictor_mask == "features",
+            epochs=o.curiosity_epochs,
+            minibatch_size=o.batch_size,
+        )
         algorithm = curious(algorithm, urge, discount=o.intrinsic_gamma)
     return assemble(algorithm, rollout(o.rollout_length, minibatch_size=o.batch_size), discount=o.gamma)
 

@@ -13,10 +13,12 @@ from dqn_jax import networks, spaces
 from dqn_jax.agent import assemble
 from dqn_jax.algorithms.sac import Optimizers, discrete_sac
 from dqn_jax.algorithms.sac import sac as sac_algorithm
+from dqn_jax.curiosity.curious import curious
 from dqn_jax.memory.ring import ring
 from dqn_jax.online import OnlineAgent
 from dqn_jax.optimizers import join_small
 from dqn_jax.options import named, require_functions, require_number, require_replay, require_widths
+from dqn_jax.presets.curiosity import curiosity_of, require_curiosity, require_single_steps
 from dqn_jax.presets.reading import encoder_of, read_env, read_spaces, require_mask
 from dqn_jax.presets.replay import replay_of
 from dqn_jax.types import Agent, AgentState
@@ -63,6 +65,14 @@ class SACOptions:
     beta: tuple[float, float, int] | float = (0.4, 1.0, 100_000)
     """How far importance weights make up for prioritization: start, end and the transitions between (linear); or a constant; in Python
     also an optax schedule. Unused unless prioritized."""
+    curiosity: Literal["off", "rnd", "snd-v", "snd-std", "snd-vic"] = "off"
+    """Whether the agent also pays itself for what is new to it, and by what: RND, or SND with one of three losses. It needs n_steps=1."""
+    intrinsic_coef: float = 1.0
+    """Factor of that pay, which on average is about 1 at first."""
+    curiosity_learning_rate: float = 1e-3
+    """Step size of Adam for what knows what is new."""
+    curiosity_channels: int | None = None
+    """Last channels of an image that it sees, 1 for the newest of a stack of grey frames; None for all, and of no use for vectors."""
     replay_start_size: int = 1_000
     """Transitions stored before the first update; until then actions are uniform."""
     update_interval: int = 1
@@ -93,6 +103,8 @@ def sac_options(**options: Any) -> SACOptions:
     require_number("tau", o.tau, 0, 1, open_low=True)
     require_widths(o.hidden)
     require_replay(o)
+    require_curiosity(o)
+    require_single_steps(o)
     if not o.prioritized and not isinstance(o.alpha, jax.core.Tracer) and o.alpha != SACOptions.alpha:
         raise ValueError(
             f"alpha={o.alpha} is how much priorities count, and prioritized is False: give prioritized=True, or for where the temperature "
@@ -154,6 +166,8 @@ def sac(env_or_spaces: Any, *, actor: Any = None, critic: Any = None, optimizers
         actor = networks.QNetwork(2 * math.prod(action_space.shape), hidden, features) if actor is None else actor
         critic = networks.ActionValue(hidden, features) if critic is None else critic
         algorithm = sac_algorithm(actor, critic, optimizers, low=action_space.low, high=action_space.high, **shared)
+    if o.curiosity != "off":
+        algorithm = curious(algorithm, curiosity_of(o, observation_space), weight=o.intrinsic_coef)
     return assemble(
         algorithm,
         replay_of(o, ring(o.capacity, n_steps=o.n_steps)),
