@@ -236,8 +236,8 @@ def load_run(folder: str | os.PathLike, env: Any, *, seed: int = 0, num_envs: in
       folder: of the run.
       env: an environment with the spaces of the run's, or the pair (observation_space, action_space); as for ``DQN``.
       seed: which of the run's agents: 0 is the first.
-      num_envs: environments that are to feed it; by default those of ``env``. A PPO agent that scales rewards has learnt something about
-        each of its environments, so it needs as many as in the run.
+      num_envs: environments that are to feed it; by default those of ``env``. A PPO agent that scales rewards, or its own pay for what
+        is new, has learnt something about each of its environments, so it needs as many as in the run.
 
     Returns:
       A ``DQN``, ``PPO`` or ``SAC``, as the run's.

@@ -664,7 +664,7 @@ PPO_OPTIONS = [
     ({"vf_coef": 0.5}, TypeError, "give value_coef; half of the squared error is weighed"),
     ({"anneal_lr": True}, TypeError, "give learning_rate=(start, 0.0, transitions)"),
     ({"stats_window_size": 4}, TypeError, "PPO has no option 'stats_window_size': the options are"),
-    ({"zzz": 1}, TypeError, "PPO has no option 'zzz': the options are activation, batch_size, clip, "),
+    ({"zzz": 1}, TypeError, "PPO has no option 'zzz': the options are activation, batch_size, bonus_clip, "),
     ({"rollout_length": 0}, ValueError, "rollout_length must be at least 1, got 0"),
     ({"rollout_length": 4.0}, TypeError, "rollout_length must be a whole number, got 4.0"),
     ({"batch_size": 0}, ValueError, "batch_size must be at least 2"),
@@ -796,7 +796,7 @@ def test_bad_option_of_sac(options, kind, message):
 @pytest.mark.parametrize("agent", [DQN, SAC])
 def test_bad_curiosity_of_a_replay_agent(agent, options, kind, message):
     with pytest.raises(Exception) as caught:
-        agent(PLAIN, **{**REPLAY, **options})
+        agent(PLAIN, **{"batch_size": 4, "capacity": 32, "replay_start_size": 4, **options})
     check(caught, kind, message)
 
 
@@ -808,6 +808,8 @@ def test_curiosity_cannot_see_more_channels_than_there_are(agent):
         ValueError, match=r"curiosity_channels=5 exceeds the 4 channels of the images of Box\(0, 255, \(4, 84, 84\), uint8\)"
     ):
         agent(pictures, curiosity="rnd", curiosity_channels=5, **replay)
+    with pytest.raises(ValueError, match=r"curiosity_channels=1 is for images, and the networks see Box.* as a vector: give None"):
+        agent(pictures, curiosity="rnd", curiosity_channels=1, encoder="flat", **replay)
 
 
 def test_images_and_actions_of_numbers_need_networks_of_ones_own():

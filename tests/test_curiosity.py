@@ -42,7 +42,7 @@ KINDS = ["rnd", "snd-v", "snd-std", "snd-vic"]
 def build(kind="rnd", predictor_optimizer=None, target_optimizer=None, **options):
     target, how = learning(kind, target_optimizer)
     optimizer = optax.sgd(0.1) if predictor_optimizer is None else predictor_optimizer
-    return distillation(target, PREDICTOR, optimizer, learning=how, discount=DISCOUNT, **options)
+    return distillation(target, PREDICTOR, optimizer, learning=how, **options)
 
 
 def stream(seed=0, lead=(T, N), scale=1.0, shift=0.0):
@@ -78,7 +78,7 @@ def test_the_bonus_is_the_mean_squared_error_times_its_scale(on_successor):
 
 
 def test_in_rollouts_it_is_over_the_deviation_of_its_discounted_sums_which_know_no_episodes():
-    curiosity = build(predictor_optimizer=STILL)
+    curiosity = build(predictor_optimizer=STILL, discount=DISCOUNT)
     state = begin(curiosity)
     running, sums = np.zeros(N), []
     for seed in range(4):
@@ -93,6 +93,19 @@ def test_in_rollouts_it_is_over_the_deviation_of_its_discounted_sums_which_know_
         np.testing.assert_allclose(state.running, running, rtol=1e-5)
         np.testing.assert_allclose(state.bonuses.variance, np.var(sums), rtol=1e-4)
         assert float(state.bonuses.count) == np.size(sums)
+    with pytest.raises(ValueError, match=r"bonuses are summed over time in rollouts \[T, N\], got a batch \[8\]: leave out the discount"):
+        curiosity.reward(state, stream(lead=(8,)))
+
+
+def test_in_minibatches_the_bonus_is_the_same():
+    """What is computed a part at a time: the first moments are those of the whole batch."""
+    t = stream(scale=3.0)
+    whole, parts = (build(normalize_observation=True, minibatch_size=size, predictor_optimizer=STILL) for size in (None, 5))
+    state = begin(whole)
+    for curiosity in (whole, parts):
+        np.testing.assert_allclose(jax.jit(curiosity.reward)(state, t), whole.reward(state, t), rtol=1e-5)
+    after = [jax.jit(curiosity.learn)(state, t, jax.random.key(0))[0] for curiosity in (whole, parts)]
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6), *after)
 
 
 def test_in_batches_it_is_over_its_root_mean_square():
@@ -197,6 +210,16 @@ def test_neither_loss_reaches_the_others_network(kind):
     # And neither step depends on whether the other is taken.
     jax.tree.map(np.testing.assert_array_equal, both.predictor, distilled.predictor)
     jax.tree.map(np.testing.assert_array_equal, both.target, taught.target)
+    # Nor does a network move whose own loss has no slope: nothing of the other's comes through.
+    target, _ = learning(kind)
+    flat = TargetLearning(lambda params, now, following, key: (0.0 * sum(map(jnp.sum, jax.tree.leaves(params))), {}), optax.sgd(0.1))
+    curiosity = distillation(target, PREDICTOR, optax.sgd(0.1), learning=flat)
+    after, _ = jax.jit(curiosity.learn)(state, t, key)
+    assert not moved(state.target, after.target) and moved(state.predictor, after.predictor)
+    if kind != "snd-std":  # Its predictor is of another kind than its target.
+        alike = state._replace(predictor=state.target)
+        after, _ = jax.jit(build(kind, predictor_optimizer=optax.sgd(0.1)).learn)(alike, t, key)
+        assert moved(alike.target, after.target) and not moved(alike.predictor, after.predictor)
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5])
@@ -286,12 +309,21 @@ def test_the_infomax_loss_is_that_of_a_classifier_of_rows_at_every_place():
     for place in range(places):
         for scores in (zs @ w @ c[:, place].T, cs[:, place] @ v @ c[:, place].T):
             total += [np.log(np.exp(scores[i, i]) / np.exp(scores[i]).sum()) for i in range(rows)]
-            norms += [np.square(scores).sum(axis=1)]
-    wanted = -np.mean(total) + 1e-4 * np.sqrt(np.mean(norms) + 1e-4) - 1e-4 * z.std(axis=0).mean()
+            norms += [np.linalg.norm(scores)]
+    # Two losses, each a mean over the places; a row's features are to differ among themselves.
+    wanted = 2 * (-np.mean(total) + 0.3 * np.mean(norms)) - 0.2 * z.std(axis=1).mean()
     apply = lambda params, now: (jnp.float32(z), jnp.float32(c)) if now else (jnp.float32(zs), jnp.float32(cs))  # noqa: E731
     params = {"network": {}, "classifiers": (jnp.float32(w), jnp.float32(v))}
-    loss, _ = snd.infomax(apply)(params, True, False, jax.random.key(0))
+    loss, _ = snd.infomax(apply, norm_coef=0.3, spread_coef=0.2)(params, True, False, jax.random.key(0))
     np.testing.assert_allclose(loss, wanted, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_rows_that_are_all_alike_have_finite_slopes(kind):
+    curiosity = build(kind)
+    t = jax.tree.map(jnp.zeros_like, stream())
+    after, metrics = jax.jit(curiosity.learn)(begin(curiosity), t, jax.random.key(0))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((after, metrics)))
 
 
 @pytest.mark.parametrize(("augment", "shape"), [(snd.noisy, (400, 50)), (snd.tiled, (400, 16, 12, 2))])

@@ -63,7 +63,7 @@ CASES = {
             "learning_rate": (1e-3, 0.0, 4_000),
         },
     ),
-    "DQN, four, curious": ("dqn", 4, {"curiosity": "rnd", "prioritized": True}),
+    "DQN, four, curious": ("dqn", 4, {"curiosity": "rnd", "n_steps": 1, "prioritized": True}),
     "PPO, one, curious": ("ppo", 1, {"curiosity": "snd-vic"}),
     "SAC, one, pushed": ("sac", 1, {}),
     "SAC, four, prioritized n-step": (

@@ -255,7 +255,19 @@ def told_apart(seed=0, length=T, **fields):
     return t._replace(**fields)
 
 
-def recorded(t, *, number=1, seed=0, learner=None, values=None, epochs=1, minibatch_size=None, scale_reward=False, normalize_advantage=True, **numbers):
+def recorded(
+    t,
+    *,
+    number=1,
+    seed=0,
+    learner=None,
+    values=None,
+    epochs=1,
+    minibatch_size=None,
+    scale_reward=False,
+    normalize_advantage=True,
+    **numbers,
+):
     """A learner that has recorded the gradients of one rollout, which have moved nothing."""
     static = {"epochs": epochs, "minibatch_size": minibatch_size or t.reward.size, "scale_reward": scale_reward}
     static["normalize_advantage"] = normalize_advantage

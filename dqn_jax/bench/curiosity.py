@@ -22,7 +22,7 @@ from dqn_jax.seeds import over_seeds
 from dqn_jax.training import train
 
 KINDS = ("off", "rnd", "snd-v", "snd-std", "snd-vic")
-SIZE, NUM_ENVS, EPISODES = 10, 64, 2_000
+SIZE, NUM_ENVS, EPISODES = 10, 64, 2_048
 FOUND = 0.5  # A mean return beyond this is that of a policy that goes for the treasure.
 
 
@@ -47,7 +47,7 @@ def measure(repeats: int, seeds: int, episodes: int) -> dict[str, Any]:
     curiosity a step takes, and the share of the trained agents that found the treasure.
     """
     env = make("gymnax/DeepSea-bsuite", size=SIZE, action_seed=1)
-    steps = episodes // NUM_ENVS * NUM_ENVS * SIZE
+    steps = episodes * SIZE
     keys = jax.random.split(jax.random.key(0), (repeats + 1, seeds))
     programs: dict[str, Any] = {}
     result: dict[str, dict[str, Any]] = {}

@@ -34,8 +34,8 @@ class DistillationState(NamedTuple):
       target, predictor: parameters of the two networks.
       target_opt, predictor_opt: states of their optimizers, () for a target that does not learn.
       observations: moments of the observations, or () where they are not normalised.
-      bonuses: moments of what the bonus is scaled by: in rollouts its discounted sums, else the bonus itself; () where it is not scaled.
-      running: these sums, ``[N]``; they know no episodes.
+      bonuses: moments of what the bonus is divided by: its discounted sums, or the bonus itself; () where it has a fixed factor.
+      running: these sums, ``[N]``, which know no episodes, or ().
     """
 
     target: Any
@@ -44,7 +44,7 @@ class DistillationState(NamedTuple):
     predictor_opt: Any
     observations: Moments | tuple[()]
     bonuses: Moments | tuple[()]
-    running: chex.Array
+    running: chex.Array | tuple[()]
 
 
 class TargetLearning(NamedTuple):
@@ -70,8 +70,8 @@ def distillation(
     bonus_on_successor: bool = True,
     normalize_observation: bool = False,
     scale: chex.Numeric | None = None,
+    discount: chex.Numeric | None = None,
     clip: chex.Numeric | None = None,
-    discount: chex.Numeric = 0.99,
     share: chex.Numeric | None = None,
     mask_features: bool = False,
     epochs: int = 1,
@@ -87,13 +87,12 @@ def distillation(
       bonus_on_successor: whether a transition is paid for its successor, else for its observation.
       normalize_observation: whether what the networks see is normalised by its moments and clipped to 5 deviations. The moments are those
         of earlier batches, at first those of the first batch itself.
-      scale: factor of the bonus; None divides it by a running measure of its size instead: in rollouts by the deviation of its discounted
-        sums in each environment, which run on through the ends of episodes; in batches from a replay by its root mean square. The batch
-        at hand is included.
+      scale: factor of the bonus; None divides it by a running measure of its size instead, the batch at hand included.
+      discount: for rollouts: this measure is the deviation of the bonus's discounted sums in each environment, which run on through the
+        ends of episodes. None, for batches from a replay, which have no order in time: it is the root mean square.
       clip: the most that a bonus is, or None.
-      discount: of these sums.
       share: share of the rows, drawn anew for each minibatch, from which the predictor learns; of the numbers in their features, with
-        ``mask_features``. None for all.
+        ``mask_features``. None for all. Importance weights of a prioritized replay play no part.
       epochs: times that each row is learnt from.
       minibatch_size: rows B of a minibatch; it must divide the rows; None for all rows at once.
 
@@ -102,7 +101,8 @@ def distillation(
       the rows: where it falls to 0 the target tells nothing apart) and those of the target's loss.
 
     Raises:
-      ValueError: if a count is below one; when tracing ``learn``, if the rows do not divide into minibatches.
+      ValueError: if a count is below one; when tracing, if the rows do not divide into minibatches, or a ``discount`` meets a batch from a
+        replay.
     """
     if epochs < 1 or (minibatch_size is not None and minibatch_size < 1):
         raise ValueError(f"epochs and minibatch_size must be at least 1, got {epochs} and {minibatch_size}")
@@ -122,35 +122,53 @@ def distillation(
             optimizer.init(predictor_params),
             normalize.moments(jax.tree.map(lambda leaf: leaf[0], rows)) if normalize_observation else (),
             normalize.moments(jnp.zeros(())) if scale is None else (),
-            jnp.zeros(num_envs),
+            jnp.zeros(num_envs) if scale is None and discount is not None else (),
         )
 
-    def rows_of(t: Transition, successor: bool) -> chex.ArrayTree:
-        """What the networks would see without normalisation, ``[B, ...]``, of a rollout all rows in one."""
-        observation = t.next_observation if successor else t.observation
-        lead = t.reward.ndim
-        return proper(jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[lead:]), observation))
-
-    def seen(state: DistillationState, rows: chex.ArrayTree) -> chex.ArrayTree:
+    def moments_of(state: DistillationState, t: Transition) -> tuple[Moments | tuple[()], Moments | tuple[()]]:
+        """What this batch is normalised by, and what the next one will be."""
         if not isinstance(state.observations, Moments):
-            return rows
-        first, begun = normalize.fold(state.observations, rows), state.observations[0] > 0  # [0] is the count.
-        used = jax.tree.map(lambda new, old: jnp.where(begun, old, new), first, state.observations)
-        return normalize.normalize(used, rows, OBSERVATION_CLIP)
+            return (), ()
+        following = normalize.fold(state.observations, proper(_flat(t, bonus_on_successor)))
+        begun = state.observations[0] > 0  # [0] is the count.
+        return jax.tree.map(lambda old, new: jnp.where(begun, old, new), state.observations, following), following
 
-    def error(state: DistillationState, t: Transition) -> chex.Array:
-        """The bonus of each transition as it comes, of the shape of its reward."""
-        rows = seen(state, rows_of(t, bonus_on_successor))
-        return _squared_error(target.apply(state.target, rows), predictor.apply(state.predictor, rows)).reshape(t.reward.shape)
+    def seen(moments: Moments | tuple[()], observation: chex.ArrayTree) -> chex.ArrayTree:
+        rows = proper(observation)
+        return normalize.normalize(moments, rows, OBSERVATION_CLIP) if isinstance(moments, Moments) else rows
+
+    def errors(state: DistillationState, t: Transition) -> tuple[chex.Array, chex.Array]:
+        """The target's features ``[T N, K]`` of what is paid for, and the bonuses as they come, of the shape of the reward. A
+        minibatch at a time: all of a rollout's images would not fit a cache.
+        """
+        size = _minibatch_size(t)
+        moments, _ = moments_of(state, t)
+
+        def part(rows: chex.ArrayTree) -> tuple[chex.Array, chex.Array]:
+            rows = seen(moments, rows)
+            features = target.apply(state.target, rows)
+            return features, _squared_error(features, predictor.apply(state.predictor, rows))
+
+        parts = jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), _flat(t, bonus_on_successor))
+        features, error = jax.lax.map(part, parts)
+        return features.reshape(-1, features.shape[-1]), error.reshape(t.reward.shape)
+
+    def _minibatch_size(t: Transition) -> int:
+        size = minibatch_size or t.reward.size
+        if t.reward.size % size:
+            raise ValueError(f"{t.reward.size} transitions do not divide into minibatches of {size}")
+        return size
 
     def scaled(state: DistillationState, bonus: chex.Array) -> tuple[DistillationState, chex.Array]:
         """With the bonuses taken in; and these over their size."""
         if not isinstance(state.bonuses, Moments):
             return state, bonus * scale
-        if bonus.ndim == 1:
-            moments = normalize.fold(state.bonuses, bonus)
-            size = moments.variance + jnp.square(moments.mean)  # Alike bonuses have no deviation.
-            return state._replace(bonuses=moments), bonus * jax.lax.rsqrt(size + normalize.EPSILON)
+        if discount is None:
+            moments = normalize.fold(state.bonuses, bonus.ravel())
+            square = moments.variance + jnp.square(moments.mean)  # Alike bonuses have no deviation.
+            return state._replace(bonuses=moments), bonus * jax.lax.rsqrt(square + normalize.EPSILON)
+        if bonus.ndim != 2:
+            raise ValueError(f"bonuses are summed over time in rollouts [T, N], got a batch {[*bonus.shape]}: leave out the discount")
 
         def forward(running: chex.Array, row: chex.Array) -> tuple[chex.Array, chex.Array]:
             running = discount * running + row
@@ -161,58 +179,51 @@ def distillation(
         return state._replace(bonuses=moments, running=running), bonus * jax.lax.rsqrt(moments.variance + normalize.EPSILON)
 
     def reward(state: DistillationState, t: Transition) -> chex.Array:
-        bonus = scaled(state, error(state, t))[1]
+        bonus = scaled(state, errors(state, t)[1])[1]
         return bonus if clip is None else jnp.clip(bonus, 0.0, clip)
 
-    def predictor_loss(params: Any, state: DistillationState, rows: chex.ArrayTree, key: chex.PRNGKey) -> chex.Array:
-        features = target.apply(state.target, rows)  # [B, K]
+    def predictor_loss(params: Any, rows: chex.ArrayTree, features: chex.Array, key: chex.PRNGKey) -> chex.Array:
+        squares = jnp.square(features - predictor.apply(params, rows))  # [B, K]
         if share is None:
-            return jnp.mean(_squared_error(features, predictor.apply(params, rows)))
+            return jnp.mean(squares)
         shape = features.shape if mask_features else (features.shape[0], 1)
-        kept = jnp.broadcast_to(jax.random.bernoulli(key, share, shape), features.shape)  # [B, K]
-        squares = jnp.square(features - predictor.apply(params, rows))
+        kept = jnp.broadcast_to(jax.random.bernoulli(key, share, shape), features.shape)
         return jnp.sum(kept * squares) / jnp.maximum(jnp.sum(kept), 1)
 
-    def minibatch(
-        state: DistillationState, inputs: tuple[chex.ArrayTree, chex.ArrayTree, chex.ArrayTree, chex.PRNGKey]
-    ) -> tuple[DistillationState, dict[str, chex.Array]]:
-        paid, now, following, key = inputs
-        key_mask, key_target = jax.random.split(key)
-        loss, grads = jax.value_and_grad(predictor_loss)(state.predictor, state, paid, key_mask)
-        changes, predictor_opt = optimizer.update(grads, state.predictor_opt, state.predictor)
-        state = state._replace(predictor=optax.apply_updates(state.predictor, changes), predictor_opt=predictor_opt)
-        metrics = {"predictor_loss": loss}
-        if learning is not None:
-            grads, target_metrics = jax.grad(learning.loss, has_aux=True)(state.target, now, following, key_target)
-            changes, target_opt = learning.optimizer.update(grads, state.target_opt, state.target)
-            state = state._replace(target=optax.apply_updates(state.target, changes), target_opt=target_opt)
-            metrics |= target_metrics
-        return state, metrics
-
     def learn(state: DistillationState, t: Transition, key: chex.PRNGKey) -> tuple[DistillationState, dict[str, chex.Array]]:
-        num_rows = t.reward.size
-        size = minibatch_size or num_rows
-        if num_rows % size:
-            raise ValueError(f"{num_rows} transitions do not divide into minibatches of {size}")
-        raw = rows_of(t, bonus_on_successor)
-        paid = seen(state, raw)  # [T N, ...]
-        pair = () if learning is None else (seen(state, rows_of(t, False)), seen(state, rows_of(t, True)))
-        features = target.apply(state.target, paid)
-        new = scaled(state, error(state, t))[0]
+        moments, following_moments = moments_of(state, t)
+        features, error = errors(state, t)
+        now, following = _flat(t, False), _flat(t, True)
 
-        def one(new: DistillationState, inputs: tuple[chex.Array, chex.PRNGKey]) -> tuple[DistillationState, dict[str, chex.Array]]:
+        def minibatch(new: DistillationState, inputs: tuple[chex.Array, chex.PRNGKey]) -> tuple[DistillationState, dict[str, chex.Array]]:
             index, key = inputs
-            taken, now_and_following = jax.tree.map(lambda leaf: leaf[index], (paid, pair))
-            return minibatch(new, (taken, *(now_and_following or ((), ())), key))
+            key_mask, key_target = jax.random.split(key)
+            taken = [seen(moments, jax.tree.map(lambda leaf: leaf[index], rows)) for rows in (now, following)]
+            paid = taken[int(bonus_on_successor)]
+            wanted = features[index] if learning is None else target.apply(new.target, paid)  # [B, K]
+            loss, grads = jax.value_and_grad(predictor_loss)(new.predictor, paid, wanted, key_mask)
+            changes, predictor_opt = optimizer.update(grads, new.predictor_opt, new.predictor)
+            new = new._replace(predictor=optax.apply_updates(new.predictor, changes), predictor_opt=predictor_opt)
+            if learning is None:
+                return new, {"predictor_loss": loss}
+            grads, metrics = jax.grad(learning.loss, has_aux=True)(new.target, *taken, key_target)
+            changes, target_opt = learning.optimizer.update(grads, new.target_opt, new.target)
+            new = new._replace(target=optax.apply_updates(new.target, changes), target_opt=target_opt)
+            return new, {"predictor_loss": loss, **metrics}
 
         key_order, key_rows = jax.random.split(key)
-        orders = jnp.argsort(jax.random.bits(key_order, (epochs, num_rows), jnp.uint32), axis=1).reshape(-1, size)
-        new, metrics = jax.lax.scan(one, new, (orders, jax.random.split(key_rows, len(orders))))
-        if isinstance(state.observations, Moments):
-            new = new._replace(observations=normalize.fold(state.observations, raw))
-        return new, {**jax.tree.map(jnp.mean, metrics), "feature_spread": jnp.mean(jnp.std(features, axis=0))}
+        orders = jnp.argsort(jax.random.bits(key_order, (epochs, t.reward.size), jnp.uint32), axis=1).reshape(-1, _minibatch_size(t))
+        new, metrics = jax.lax.scan(minibatch, scaled(state, error)[0], (orders, jax.random.split(key_rows, len(orders))))
+        spread = jnp.mean(jnp.std(features, axis=0))
+        return new._replace(observations=following_moments), {**jax.tree.map(jnp.mean, metrics), "feature_spread": spread}
 
     return Curiosity(init, reward, learn)
+
+
+def _flat(t: Transition, successor: bool) -> chex.ArrayTree:
+    """Observations or their successors as they came, ``[B, ...]``, of a rollout all rows in one."""
+    lead = t.reward.ndim
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[lead:]), t.next_observation if successor else t.observation)
 
 
 def _squared_error(features: chex.Array, predicted: chex.Array) -> chex.Array:

@@ -7,7 +7,8 @@ Differs from the paper in:
      observation of the next.
   2. The moments of the observations begin with the first batch that is learnt from, not with 50 rollouts of random actions.
   3. The predictor learns by an optimizer of its own, on minibatches of its own.
-  4. Drawn from a replay, bonuses are divided by their root mean square: there is no order in time to sum them in.
+  4. The predictor sees what is normalised as it was for the bonus, not by moments that include the rollout.
+  5. Drawn from a replay, bonuses are divided by their root mean square: there is no order in time to sum them in.
 """
 
 from typing import Any

@@ -14,7 +14,9 @@ Pechac, Chovanec and Farkas, "Self-supervised network distillation: an effective
 Differs from the authors' code in:
   1. Successors are the true ones: a pair never spans the end of an episode.
   2. Every row of a rollout counts, the last one too.
-  3. The stream of bonuses runs on through the ends of episodes, unless asked otherwise by who assembles the agent.
+  3. In PPO the stream of bonuses runs on through the ends of episodes.
+  4. SND-V draws its pairs from the whole minibatch, of 64 rows there. The parts of SND-STD are of the last convolution, of the third of
+     four there.
 """
 
 from collections.abc import Callable
@@ -27,7 +29,7 @@ import jax.numpy as jnp
 from dqn_jax.networks import Network
 
 MAX_SQUARE = 200.0  # Mean squares of features that ``contrastive`` leaves alone, those of both views together.
-EPSILON = 1e-4
+EPSILON = 1e-4  # Added to squares below a root, whose slope at 0 is infinite.
 NOISE, LEFT_OUT, TILES = 0.2, 0.1, (1, 2, 4, 8, 12, 16)  # Of augmentations; sides of tiles in pixels.
 
 
@@ -82,16 +84,20 @@ def with_classifiers(network: Any) -> Network:
     return Network(init, lambda params, rows: network.apply(params["network"], rows)[0])
 
 
-def infomax(apply: Callable[..., tuple[chex.Array, chex.Array]]) -> Callable[..., Any]:
+def infomax(
+    apply: Callable[..., tuple[chex.Array, chex.Array]], *, norm_coef: chex.Numeric = 1e-4, spread_coef: chex.Numeric = 1e-4
+) -> Callable[..., Any]:
     r"""SND-STD: InfoNCE from the successor to the parts of the observation, and from its parts to the same parts.
 
     With :math:`g` the features of the successor, :math:`c_l` those of part :math:`l` of the observation and :math:`c'_l` of the
     successor, the scores are :math:`g_i^\top W c_{j,l}` and :math:`c_{i,l}'^\top V c_{j,l}` of rows i and j; each row should score highest
-    with itself. Added are 1e-4 times the norm of the scores, and -1e-4 times the features' mean deviation.
+    with itself. Both losses are means over parts, and are added up; so are the Frobenius norms of the scores of a part.
 
     Args:
       apply: ``(params, rows) -> (features [B, K], parts [B, L, C])``: of an image the places of a convolution's output, of a vector the
         hidden layer as a single part. The loss's parameters are those of ``with_classifiers``.
+      norm_coef: weight of these norms.
+      spread_coef: weight of the deviation over the K features of a row, of which there is to be much.
 
     Returns:
       A loss as ``distillation.TargetLearning`` asks for.
@@ -104,11 +110,11 @@ def infomax(apply: Callable[..., tuple[chex.Array, chex.Array]]) -> Callable[...
         whole, part = params["classifiers"]
         by_whole = jnp.einsum("ik,kc,jlc->lij", successor, whole, parts)  # [L, B, B]
         by_part = jnp.einsum("ild,dc,jlc->lij", its_parts, part, parts)
-        scores = jnp.concatenate([by_whole, by_part])  # [2 L, B, B]
-        picked = jnp.diagonal(jax.nn.log_softmax(scores, axis=2), axis1=1, axis2=2)  # [2 L, B]
-        norms = jnp.sqrt(jnp.mean(jnp.sum(jnp.square(scores), axis=2)) + EPSILON)
-        spread = jnp.mean(jnp.std(features, axis=0))
-        total = -jnp.mean(picked) + 1e-4 * norms - 1e-4 * spread
+        scores = jnp.stack([by_whole, by_part])  # [2, L, B, B]
+        picked = jnp.diagonal(jax.nn.log_softmax(scores, axis=3), axis1=2, axis2=3)  # [2, L, B]
+        norms = jnp.sqrt(jnp.sum(jnp.square(scores), axis=(2, 3)) + EPSILON)  # [2, L]
+        spread = jnp.mean(jnp.sqrt(jnp.var(features, axis=1) + EPSILON))
+        total = jnp.sum(jnp.mean(norm_coef * norms - jnp.mean(picked, axis=2), axis=1)) - spread_coef * spread
         return total, {"target_loss": total}
 
     return loss

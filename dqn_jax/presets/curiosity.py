@@ -12,6 +12,7 @@ from dqn_jax.curiosity import snd
 from dqn_jax.curiosity.distillation import TargetLearning, distillation
 from dqn_jax.curiosity.rnd import rnd
 from dqn_jax.networks import FeatureNetwork
+from dqn_jax.optimizers import join_small
 from dqn_jax.options import require_int, require_number
 from dqn_jax.presets.reading import encoder_of
 from dqn_jax.types import Curiosity
@@ -20,8 +21,8 @@ from dqn_jax.types import Curiosity
 def curiosity_of(options: Any, observation_space: gymnasium.Space, **paying: Any) -> Curiosity:
     """The curiosity that options ask for.
 
-    What its networks see is what the agent's see: vectors, or images through convolutions. For RND what is not within [0, 1] anyway, and
-    images of bytes, are normalised by their running moments.
+    What its networks see is what the agent's see: vectors, or images through convolutions. Vectors that are not within [0, 1] anyway are
+    normalised by their running moments; for RND images of bytes are, too.
 
     Args:
       options: with ``curiosity``, ``curiosity_learning_rate``, ``curiosity_channels`` and ``encoder``.
@@ -30,34 +31,38 @@ def curiosity_of(options: Any, observation_space: gymnasium.Space, **paying: Any
         ``mask_features``, ``epochs``, ``minibatch_size``.
 
     Raises:
-      ValueError: if images have fewer channels than are to be seen.
+      ValueError: if images have fewer channels than are to be seen, or vectors are to have channels.
     """
     encoder, channels_first = encoder_of(options.encoder, observation_space, getattr(options, "frames", "off"))
     convolutions = {"flat": (), "nature": networks.NATURE, "minatar": networks.MINATAR}[encoder]
     width, num_features = {"flat": (64, 32), "nature": (512, 512), "minatar": (128, 128)}[encoder]
     if convolutions:
         see = _newest(spaces.image(observation_space, channels_first), options.curiosity_channels, observation_space)
+    elif options.curiosity_channels is not None:
+        given = options.curiosity_channels
+        raise ValueError(f"curiosity_channels={given} is for images, and the networks see {observation_space} as a vector: give None")
     else:
         see = spaces.features(observation_space)
-    optimizer = optax.adam(options.curiosity_learning_rate)
+    optimizer = join_small(optax.adam(options.curiosity_learning_rate))
 
     def network(*hidden: int, **more: Any) -> FeatureNetwork:
         return FeatureNetwork(num_features, hidden, convolutions, **more)
 
-    predictor = network(width, width)
+    predictor, small = network(width, width), _within_one(observation_space)
+    shallow = () if convolutions else (width,)
+    target: Any = network(*shallow)
     if options.curiosity == "rnd":
-        fixed = network(*(() if convolutions else (width,)))
-        return rnd(fixed, predictor, optimizer, see=see, normalize_observation=not _within_one(observation_space), **paying)
-    target: Any = network(width)
+        return rnd(target, predictor, optimizer, see=see, normalize_observation=not small, **paying)
     if options.curiosity == "snd-v":
         loss = snd.contrastive(target.apply, snd.tiled if convolutions else snd.noisy)
     elif options.curiosity == "snd-vic":
         loss = snd.variance(target.apply)
     else:
-        parts = network(width, parts=True)
+        parts = network(*shallow, parts=True)
         target, loss = snd.with_classifiers(parts), snd.infomax(parts.apply)
-    learning = TargetLearning(loss, optax.adam(options.curiosity_learning_rate))
-    return distillation(target, predictor, optimizer, learning=learning, see=see, **paying)
+    learning = TargetLearning(loss, join_small(optax.adam(options.curiosity_learning_rate)))
+    normalized = not convolutions and not small
+    return distillation(target, predictor, optimizer, learning=learning, see=see, normalize_observation=normalized, **paying)
 
 
 def require_curiosity(o: Any) -> None:

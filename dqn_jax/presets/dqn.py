@@ -72,7 +72,7 @@ class DQNOptions:
     curiosity_learning_rate: float = 1e-3
     """Step size of Adam for what knows what is new."""
     curiosity_channels: int | None = None
-    """Last channels of an image that it sees, 1 for the newest of a stack of grey frames; None for all, and of no use for vectors."""
+    """Last channels of an image that it sees, 1 for the newest of a stack of grey frames; None for all."""
     replay_start_size: int = 1_000
     """Transitions stored before the first update."""
     update_interval: int = 1

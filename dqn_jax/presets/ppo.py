@@ -66,7 +66,7 @@ class PPOOptions:
     curiosity_epochs: int = 1
     """Times that it learns from each rollout, in minibatches of batch_size."""
     curiosity_channels: int | None = None
-    """Last channels of an image that it sees, 1 for the newest of a stack of grey frames; None for all, and of no use for vectors."""
+    """Last channels of an image that it sees, 1 for the newest of a stack of grey frames; None for all."""
     predictor_share: float | None = None
     """Share of each minibatch that its predictor learns from, against its learning too fast; None for all."""
     predictor_mask: Literal["rows", "features"] = "rows"
@@ -97,7 +97,8 @@ class PPOOptions:
     """Bound on the gradient's global norm, or None; unused where an optimizer is given."""
 
 
-# What SND's authors share between their three losses: for num_envs=128, and grey frames stacked.
+# What SND's authors share between their three losses: for num_envs=128, and grey frames stacked. Unlike theirs, all networks have Nature's
+# convolutions, leaky ReLU and a gain of sqrt(2), and SND-STD's predictor the mean squared error, not its sum over features.
 _SND: dict[str, Any] = {
     "rollout_length": 128,
     "batch_size": 512,
@@ -105,6 +106,7 @@ _SND: dict[str, Any] = {
     "learning_rate": 1e-4,
     "gamma": 0.998,
     "clip": 0.1,
+    "value_coef": 1.0,
     "entropy_coef": 0.001,
     "normalize_advantage": False,
     "curiosity_learning_rate": 1e-4,

@@ -72,7 +72,7 @@ class SACOptions:
     curiosity_learning_rate: float = 1e-3
     """Step size of Adam for what knows what is new."""
     curiosity_channels: int | None = None
-    """Last channels of an image that it sees, 1 for the newest of a stack of grey frames; None for all, and of no use for vectors."""
+    """Last channels of an image that it sees, 1 for the newest of a stack of grey frames; None for all."""
     replay_start_size: int = 1_000
     """Transitions stored before the first update; until then actions are uniform."""
     update_interval: int = 1
