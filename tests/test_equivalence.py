@@ -64,7 +64,7 @@ CASES = {
         },
     ),
     "DQN, four, curious": ("dqn", 4, {"curiosity": "rnd", "n_steps": 1, "prioritized": True}),
-    "PPO, one, curious": ("ppo", 1, {"curiosity": "snd-vic"}),
+    "PPO, one, curious": ("ppo", 1, {"rollout_length": 256, "curiosity": "snd-vic"}),
     "SAC, one, pushed": ("sac", 1, {}),
     "SAC, four, prioritized n-step": (
         "sac",
