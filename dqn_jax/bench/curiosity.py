@@ -59,6 +59,7 @@ def measure(repeats: int, seeds: int, episodes: int) -> dict[str, Any]:
         begin = time.perf_counter()
         programs[kind] = jax.jit(loop).lower(keys[0]).compile()
         result[kind] = {"compile_seconds": time.perf_counter() - begin, "speeds": [], "returns": []}
+        print(f"{kind}: compiled", flush=True)
         jax.block_until_ready(programs[kind](keys[0]))  # The first call of a program also allocates: it is not timed.
     for turn in range(repeats):
         for kind in KINDS[:: -1 if turn % 2 else 1]:

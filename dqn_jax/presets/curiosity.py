@@ -40,7 +40,10 @@ def curiosity_of(options: Any, observation_space: gymnasium.Space, **paying: Any
         see = _newest(spaces.image(observation_space, channels_first), options.curiosity_channels, observation_space)
     elif options.curiosity_channels is not None:
         given = options.curiosity_channels
-        raise ValueError(f"curiosity_channels={given} is for images, and the networks see {observation_space} as a vector: give None")
+        raise ValueError(
+            f"curiosity_channels={given} is for images, and the networks see {observation_space} as a vector: give None; presets that have "
+            "it are for stacks of grey frames"
+        )
     else:
         see = spaces.features(observation_space)
     optimizer = join_small(optax.adam(options.curiosity_learning_rate))

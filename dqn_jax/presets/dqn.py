@@ -66,7 +66,8 @@ class DQNOptions:
     """How far importance weights make up for prioritization: start, end and the transitions between (linear); or a constant; in Python
     also an optax schedule. Unused unless prioritized."""
     curiosity: Literal["off", "rnd", "snd-v", "snd-std", "snd-vic"] = "off"
-    """Whether the agent also pays itself for what is new to it, and by what: RND, or SND with one of three losses. It needs n_steps=1."""
+    """Whether the agent also pays itself for what is new to it, and by what: RND, or SND with one of three losses. It needs n_steps=1.
+    While it is off, its other options are unused."""
     intrinsic_coef: float = 1.0
     """Factor of that pay, which on average is about 1 at first."""
     curiosity_learning_rate: float = 1e-3

@@ -54,7 +54,8 @@ class PPOOptions:
     entropy_coef: float = 0.0
     """Weight of the entropy's part of the loss."""
     curiosity: Literal["off", "rnd", "snd-v", "snd-std", "snd-vic"] = "off"
-    """Whether the agent also pays itself for what is new to it, and by what: RND, or SND with one of three losses."""
+    """Whether the agent also pays itself for what is new to it, and by what: RND, or SND with one of three losses. While it is
+    off, its other options are unused."""
     intrinsic_gamma: float = 0.99
     """Discount factor of that pay, which is a stream of its own and does not end with an episode."""
     intrinsic_coef: float = 1.0

@@ -66,7 +66,8 @@ class SACOptions:
     """How far importance weights make up for prioritization: start, end and the transitions between (linear); or a constant; in Python
     also an optax schedule. Unused unless prioritized."""
     curiosity: Literal["off", "rnd", "snd-v", "snd-std", "snd-vic"] = "off"
-    """Whether the agent also pays itself for what is new to it, and by what: RND, or SND with one of three losses. It needs n_steps=1."""
+    """Whether the agent also pays itself for what is new to it, and by what: RND, or SND with one of three losses. It needs n_steps=1.
+    While it is off, its other options are unused."""
     intrinsic_coef: float = 1.0
     """Factor of that pay, which on average is about 1 at first."""
     curiosity_learning_rate: float = 1e-3
@@ -190,7 +191,7 @@ def require_actions(action_space: gymnasium.Space) -> None:
     elif not (action_space.high.astype(np.float64) - action_space.low <= np.finfo(np.float32).max).all():
         raise ValueError(
             f"SAC squashes actions between bounds, and {action_space} is unbounded, or too wide for 32 bits: give it bounds with "
-            "gymnasium.wrappers.RescaleAction or TransformAction, or use PPO"
+            "gymnasium.wrappers.TransformAction(env, lambda action: action, Box(low, high, shape)), or use PPO"
         )
     elif not (action_space.low < action_space.high).all():
         raise ValueError(f"every number of an action needs a low bound below its high bound, got {action_space}")
