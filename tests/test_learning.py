@@ -62,9 +62,8 @@ def test_cartpole_compiled():
     assert iqm(scores) >= 475, np.sort(scores)
 
 
-def deep_sea(size):
+def deep_sea(size, right_is):
     """bsuite's DeepSea: right at every step finds the treasure, and which action means right differs from field to field."""
-    right_is = jnp.asarray(np.random.default_rng(0).integers(2, size=(size, size)))
 
     def see(place):
         return jax.nn.one_hot(place[0] * size + place[1], size**2)
@@ -86,7 +85,7 @@ def deep_sea(size):
 
 def steps_to_solve(size, num_steps, num_seeds, **options):
     """Steps until the greedy policy finds the treasure, for each seed; twice ``num_steps`` where it never does."""
-    env = deep_sea(size)
+    env = deep_sea(size, jnp.asarray(np.random.default_rng(0).integers(2, size=(size, size))))
     # Behaviour is random throughout, so the same seed sees the same with every replay.
     common = {"epsilon": 1.0, "gamma": 0.99, "n_steps": 1, "batch_size": 32, "update_interval": 16, "replay_start_size": 100, "tau": 0.1}
     agent = dqn_jax.dqn(env, **common, capacity=num_steps, **options)
@@ -114,3 +113,28 @@ def test_prioritized_replay_finds_the_treasure_earlier(size, num_steps):
     earlier, later = np.sum(prioritized < uniform), np.sum(prioritized > uniform)
     print("earlier on", earlier, "later on", later, "of 32 seeds")
     assert iqm(prioritized) < iqm(uniform) and earlier > later
+
+
+def share_that_finds_the_treasure(size, curiosity, episodes=10_000, num_seeds=10):
+    """Of PPO agents, each in a sea of its own, those whose returns end near the most possible, 0.99."""
+    num_envs = 64
+    options = dqn_jax.PPO_PRESETS["deepsea"] | {"rollout_length": size, "batch_size": size * num_envs // 4, "curiosity": curiosity}
+
+    def final_return(key):
+        key_sea, key_run = jax.random.split(key)
+        env = deep_sea(size, jax.random.randint(key_sea, (size, size), 0, 2))
+        training = dqn_jax.train(dqn_jax.ppo(env, **options), env, num_steps=episodes * size, num_envs=num_envs, history_length=10)
+        return training.run(key_run).history["return"][-1]
+
+    returns = np.asarray(jax.jit(jax.vmap(final_return))(jax.random.split(jax.random.key(200), num_seeds)))
+    print(size, curiosity, np.round(np.sort(returns), 2))
+    return np.mean(returns > 0.9)
+
+
+@pytest.mark.parametrize(("size", "curiosity"), [(20, "rnd"), (14, "snd-v"), (14, "snd-std"), (14, "snd-vic")])
+def test_curiosity_finds_the_treasure(size, curiosity):
+    assert share_that_finds_the_treasure(size, curiosity) >= 0.9
+
+
+def test_without_curiosity_the_treasure_stays_where_it_is():
+    assert share_that_finds_the_treasure(14, "off") <= 0.1
