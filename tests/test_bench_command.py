@@ -407,6 +407,7 @@ def test_a_real_interrupt_leaves_no_process_behind(interrupt, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # Where the tests run in the background it may be ignored.
     )
     while whole.stdout.readline().strip() != "== size (1 of 1) ==":
         assert whole.poll() is None

@@ -447,18 +447,24 @@ def test_ppo_values_what_is_new_apart_and_across_the_ends_of_episodes():
 
 
 def test_one_curiosity_may_belong_to_several_agents():
-    """Two agents learn in turn; what one of them has seen is no longer new to the other."""
+    """The module goes from hand to hand; what one agent has seen is no longer new to the other."""
     agents = [curious(dqn(linear(2), optax.sgd(rate), epsilon=0.1), rnd(TARGET, PREDICTOR, optax.adam(0.1))) for rate in (0.1, 0.2)]
-    states = [agent.init(jax.random.key(number), jnp.zeros((N, F))) for number, agent in enumerate(agents)]
-    states[1] = states[1]._replace(curiosity=states[0].curiosity)
-    t, learn = stream(lead=(8,)), [jax.jit(agent.learn) for agent in agents]
-    begun = [errors(state.curiosity, t.next_observation).mean() for state in states]
-    for number in range(200):
-        states[0], _ = learn[0](states[0], Batch(t), jax.random.key(number), 0)
-        states[1] = states[1]._replace(curiosity=states[0].curiosity)
-    assert errors(states[1].curiosity, t.next_observation).mean() < 0.1 * begun[1]
-    after, _ = learn[1](states[1], Batch(t), jax.random.key(0), 0)
-    assert moved(after.learner, states[1].learner)
+    learn = [jax.jit(agent.learn) for agent in agents]
+    first, second = (agent.init(jax.random.key(number), jnp.zeros((N, F))) for number, agent in enumerate(agents))
+    rows, others = Batch(stream(lead=(8,))), Batch(stream(1, lead=(8,)))
+    for number in range(100):
+        first, _ = learn[0](first, rows, jax.random.key(number), 0)
+    alone, paid_alone = learn[1](second, rows, jax.random.key(0), 0)
+    shared, paid_shared = learn[1](second._replace(curiosity=first.curiosity), rows, jax.random.key(0), 0)
+    assert float(paid_shared.metrics["intrinsic_reward"]) < 0.1 * float(paid_alone.metrics["intrinsic_reward"])
+    assert moved(alone.learner, shared.learner)  # It was paid otherwise, so it learnt otherwise.
+    # And back: what the second one sees now, the first one knows then.
+    news = [errors(first.curiosity, others.transition.next_observation).mean()]
+    for number in range(100):
+        shared, _ = learn[1](shared, others, jax.random.key(number), 0)
+    first = first._replace(curiosity=shared.curiosity)
+    news.append(errors(first.curiosity, others.transition.next_observation).mean())
+    assert news[1] < 0.1 * news[0]
 
 
 def test_policy_and_value_of_the_agent_stay_apart_from_curiosity():
