@@ -123,12 +123,13 @@ class Curiosity(NamedTuple):
     Attributes:
       init: ``(key, observation[N]) -> state``.
       reward: ``(state, transition) -> `` the bonus of each transition, of the shape of its reward.
-      learn: ``(state, transition, key) -> (state, metrics)``: takes in what was seen; ``metrics`` is a dict of scalars.
+      learn: ``(state, transition, key) -> (state, bonus, metrics)``: takes in what was seen. The bonus is what ``reward`` gave before,
+        computed once for whoever wants both; ``metrics`` is a dict of scalars.
     """
 
     init: Callable[..., Any]
     reward: Callable[..., chex.Array]
-    learn: Callable[..., tuple[Any, Any]]
+    learn: Callable[..., tuple[Any, chex.Array, Any]]
 
 
 class Storage(NamedTuple):

@@ -89,7 +89,9 @@ def test_in_rollouts_it_is_over_the_deviation_of_its_discounted_sums_which_know_
             sums.append(running)
         assert t.last.any()
         np.testing.assert_allclose(jax.jit(curiosity.reward)(state, t), bonus / np.std(sums), rtol=1e-4)
-        state, _ = jax.jit(curiosity.learn)(state, t, jax.random.key(seed))
+        before = state
+        state, paid, _ = jax.jit(curiosity.learn)(state, t, jax.random.key(seed))
+        np.testing.assert_allclose(paid, curiosity.reward(before, t), rtol=1e-5)
         np.testing.assert_allclose(state.running, running, rtol=1e-5)
         np.testing.assert_allclose(state.bonuses.variance, np.var(sums), rtol=1e-4)
         assert float(state.bonuses.count) == np.size(sums)
@@ -116,7 +118,7 @@ def test_in_batches_it_is_over_its_root_mean_square():
         bonus = errors(state, t.next_observation)
         seen.append(bonus)
         np.testing.assert_allclose(curiosity.reward(state, t), bonus / np.sqrt(np.mean(np.square(seen))), rtol=1e-4)
-        state, _ = jax.jit(curiosity.learn)(state, t, jax.random.key(seed))
+        state, *_ = jax.jit(curiosity.learn)(state, t, jax.random.key(seed))
 
 
 def test_observations_are_normalised_by_what_earlier_batches_held_and_at_first_by_the_first():
@@ -128,7 +130,7 @@ def test_observations_are_normalised_by_what_earlier_batches_held_and_at_first_b
         used = rows if before is None else before
         normalised = np.clip((t.next_observation - used.mean(axis=0)) / used.std(axis=0), -5, 5).astype(np.float32)
         np.testing.assert_allclose(jax.jit(curiosity.reward)(state, t), errors(state, normalised), rtol=1e-4)
-        state, _ = jax.jit(curiosity.learn)(state, t, jax.random.key(0))
+        state, *_ = jax.jit(curiosity.learn)(state, t, jax.random.key(0))
         before = rows if before is None else np.concatenate([before, rows])
         np.testing.assert_allclose(state.observations.mean, before.mean(axis=0), rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(state.observations.variance, before.var(axis=0), rtol=1e-4)
@@ -144,7 +146,7 @@ def test_the_unit_of_observations_does_not_matter_once_they_are_normalised():
         for seed in range(3):
             t = stream(seed, scale=scale, shift=shift)
             bonuses.append(curiosity.reward(state, t))
-            state, _ = jax.jit(curiosity.learn)(state, t, jax.random.key(seed))
+            state, *_ = jax.jit(curiosity.learn)(state, t, jax.random.key(seed))
     for one, other in zip(bonuses[:3], bonuses[3:], strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-2)
 
@@ -161,7 +163,8 @@ def test_the_bonus_falls_where_the_agent_has_been_and_not_elsewhere(kind):
     row = lambda rows: Transition(rows, None, np.zeros(len(rows), np.float32), None, jnp.roll(rows, 1, axis=0), None)  # noqa: E731
     begun = [np.mean(reward(state, row(rows))) for rows in (visited, new)]
     keys = jax.random.split(jax.random.key(0), 300)
-    state, _ = jax.jit(lambda state: jax.lax.scan(lambda s, key: curiosity.learn(s, row(jnp.asarray(visited)), key), state, keys))(state)
+    see = lambda s, key: (curiosity.learn(s, row(jnp.asarray(visited)), key)[0], None)  # noqa: E731
+    state, _ = jax.jit(lambda state: jax.lax.scan(see, state, keys))(state)
     ended = [np.mean(reward(state, row(rows))) for rows in (visited, new)]
     assert ended[0] < 0.1 * begun[0]
     assert ended[1] > 5 * ended[0]
@@ -191,7 +194,7 @@ def moved(before, after):
 def test_a_random_target_stays_and_one_that_learns_moves(kind):
     curiosity = build(kind)
     state = begin(curiosity)
-    after, metrics = jax.jit(curiosity.learn)(state, stream(), jax.random.key(0))
+    after, _, metrics = jax.jit(curiosity.learn)(state, stream(), jax.random.key(0))
     assert moved(state.target, after.target) == (kind != "rnd")
     assert moved(state.predictor, after.predictor)
     assert set(metrics) == {"predictor_loss", "feature_spread"} | ({"target_loss"} if kind != "rnd" else set())
@@ -203,9 +206,9 @@ def test_a_random_target_stays_and_one_that_learns_moves(kind):
 def test_neither_loss_reaches_the_others_network(kind):
     t, key = stream(), jax.random.key(0)
     state = begin(build(kind))
-    both, _ = jax.jit(build(kind).learn)(state, t, key)
-    distilled, _ = jax.jit(build(kind, target_optimizer=STILL).learn)(state, t, key)
-    taught, _ = jax.jit(build(kind, predictor_optimizer=STILL).learn)(state, t, key)
+    both, *_ = jax.jit(build(kind).learn)(state, t, key)
+    distilled, *_ = jax.jit(build(kind, target_optimizer=STILL).learn)(state, t, key)
+    taught, *_ = jax.jit(build(kind, predictor_optimizer=STILL).learn)(state, t, key)
     assert not moved(state.target, distilled.target) and not moved(state.predictor, taught.predictor)
     # And neither step depends on whether the other is taken.
     jax.tree.map(np.testing.assert_array_equal, both.predictor, distilled.predictor)
@@ -214,11 +217,11 @@ def test_neither_loss_reaches_the_others_network(kind):
     target, _ = learning(kind)
     flat = TargetLearning(lambda params, now, following, key: (0.0 * sum(map(jnp.sum, jax.tree.leaves(params))), {}), optax.sgd(0.1))
     curiosity = distillation(target, PREDICTOR, optax.sgd(0.1), learning=flat)
-    after, _ = jax.jit(curiosity.learn)(state, t, key)
+    after, *_ = jax.jit(curiosity.learn)(state, t, key)
     assert not moved(state.target, after.target) and moved(state.predictor, after.predictor)
     if kind != "snd-std":  # Its predictor is of another kind than its target.
         alike = state._replace(predictor=state.target)
-        after, _ = jax.jit(build(kind, predictor_optimizer=optax.sgd(0.1)).learn)(alike, t, key)
+        after, *_ = jax.jit(build(kind, predictor_optimizer=optax.sgd(0.1)).learn)(alike, t, key)
         assert moved(alike.target, after.target) and not moved(alike.predictor, after.predictor)
 
 
@@ -233,7 +236,7 @@ def test_the_predictor_learns_from_a_share_of_the_rows_or_of_the_features(share,
     state = begin(curiosity, 1)
     state = state._replace(target={"w": jnp.ones((rows, K))}, predictor={"w": jnp.zeros((rows, K))})
     t = t._replace(next_observation=np.eye(rows, dtype=np.float32), observation=np.eye(rows, dtype=np.float32))
-    after, _ = jax.jit(curiosity.learn)(state, t, jax.random.key(0))
+    after, *_ = jax.jit(curiosity.learn)(state, t, jax.random.key(0))
     kept = np.asarray(after.predictor["w"]) > 0
     if not mask_features:
         assert (kept.all(axis=1) | ~kept.any(axis=1)).all()
@@ -249,7 +252,7 @@ def test_each_row_is_learnt_from_once_an_epoch():
     curiosity = build(scale=1.0, epochs=2, minibatch_size=4, predictor_optimizer=optax.sgd(1e-3))
     t = stream(lead=(rows,))._replace(next_observation=np.eye(rows, dtype=np.float32))
     state = begin(curiosity, 1)._replace(target={"w": jnp.ones((rows, K))}, predictor={"w": jnp.zeros((rows, K))})
-    after, _ = jax.jit(curiosity.learn)(state, t, jax.random.key(0))
+    after, *_ = jax.jit(curiosity.learn)(state, t, jax.random.key(0))
     np.testing.assert_allclose(after.predictor["w"], 2 * 1e-3 * 2 / (4 * K), rtol=1e-3)
     with pytest.raises(ValueError, match="12 transitions do not divide into minibatches of 5"):
         build(minibatch_size=5).learn(state, t, jax.random.key(0))
@@ -322,7 +325,7 @@ def test_the_infomax_loss_is_that_of_a_classifier_of_rows_at_every_place():
 def test_rows_that_are_all_alike_have_finite_slopes(kind):
     curiosity = build(kind)
     t = jax.tree.map(jnp.zeros_like, stream())
-    after, metrics = jax.jit(curiosity.learn)(begin(curiosity), t, jax.random.key(0))
+    after, _, metrics = jax.jit(curiosity.learn)(begin(curiosity), t, jax.random.key(0))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((after, metrics)))
 
 

@@ -60,14 +60,14 @@ def curious(algorithm: Algorithm, curiosity: Curiosity, *, weight: chex.Numeric 
     def learn(state: CuriousState, batch: Batch, key: chex.PRNGKey, step: chex.Array) -> tuple[CuriousState, Feedback]:
         key_learner, key_curiosity = jax.random.split(key)
         t = batch.transition if discount is not None else one_step(batch.transition)
-        bonus = weight * curiosity.reward(state.curiosity, t)  # [B] or [T, N]
+        urge, bonus, metrics = curiosity.learn(state.curiosity, t, key_curiosity)
+        bonus = weight * bonus  # [B] or [T, N]
         if discount is None:
             paid = t._replace(reward=t.reward + bonus)
         else:
             stream = {"intrinsic_reward": bonus, "intrinsic_discount": jnp.full_like(bonus, discount)}
             paid = t._replace(extras={**t.extras, **stream})
         learner, feedback = algorithm.learn(state.learner, batch._replace(transition=paid), key_learner, step)
-        urge, metrics = curiosity.learn(state.curiosity, t, key_curiosity)
         metrics = {**feedback.metrics, "intrinsic_reward": jnp.mean(bonus), **metrics}
         return CuriousState(learner, urge), feedback._replace(metrics=metrics)
 

@@ -160,7 +160,11 @@ def distillation(
         return size
 
     def scaled(state: DistillationState, bonus: chex.Array) -> tuple[DistillationState, chex.Array]:
-        """With the bonuses taken in; and these over their size."""
+        """With the bonuses taken in; and these over their size, and clipped."""
+        state, bonus = measured(state, bonus)
+        return state, bonus if clip is None else jnp.clip(bonus, 0.0, clip)
+
+    def measured(state: DistillationState, bonus: chex.Array) -> tuple[DistillationState, chex.Array]:
         if not isinstance(state.bonuses, Moments):
             return state, bonus * scale
         if discount is None:
@@ -179,8 +183,7 @@ def distillation(
         return state._replace(bonuses=moments, running=running), bonus * jax.lax.rsqrt(moments.variance + normalize.EPSILON)
 
     def reward(state: DistillationState, t: Transition) -> chex.Array:
-        bonus = scaled(state, errors(state, t)[1])[1]
-        return bonus if clip is None else jnp.clip(bonus, 0.0, clip)
+        return scaled(state, errors(state, t)[1])[1]
 
     def predictor_loss(params: Any, rows: chex.ArrayTree, features: chex.Array, key: chex.PRNGKey) -> chex.Array:
         squares = jnp.square(features - predictor.apply(params, rows))  # [B, K]
@@ -190,9 +193,10 @@ def distillation(
         kept = jnp.broadcast_to(jax.random.bernoulli(key, share, shape), features.shape)
         return jnp.sum(kept * squares) / jnp.maximum(jnp.sum(kept), 1)
 
-    def learn(state: DistillationState, t: Transition, key: chex.PRNGKey) -> tuple[DistillationState, dict[str, chex.Array]]:
+    def learn(state: DistillationState, t: Transition, key: chex.PRNGKey) -> tuple[DistillationState, chex.Array, dict[str, chex.Array]]:
         moments, following_moments = moments_of(state, t)
         features, error = errors(state, t)
+        before, bonus = scaled(state, error)
         now, following = _flat(t, False), _flat(t, True)
 
         def minibatch(new: DistillationState, inputs: tuple[chex.Array, chex.PRNGKey]) -> tuple[DistillationState, dict[str, chex.Array]]:
@@ -213,9 +217,9 @@ def distillation(
 
         key_order, key_rows = jax.random.split(key)
         orders = jnp.argsort(jax.random.bits(key_order, (epochs, t.reward.size), jnp.uint32), axis=1).reshape(-1, _minibatch_size(t))
-        new, metrics = jax.lax.scan(minibatch, scaled(state, error)[0], (orders, jax.random.split(key_rows, len(orders))))
+        new, metrics = jax.lax.scan(minibatch, before, (orders, jax.random.split(key_rows, len(orders))))
         spread = jnp.mean(jnp.std(features, axis=0))
-        return new._replace(observations=following_moments), {**jax.tree.map(jnp.mean, metrics), "feature_spread": spread}
+        return new._replace(observations=following_moments), bonus, {**jax.tree.map(jnp.mean, metrics), "feature_spread": spread}
 
     return Curiosity(init, reward, learn)
 
