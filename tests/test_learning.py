@@ -66,7 +66,7 @@ def deep_sea(size, right_is):
     """bsuite's DeepSea: right at every step finds the treasure, and which action means right differs from field to field."""
 
     def see(place):
-        return jax.nn.one_hot(place[0] * size + place[1], size**2)
+        return jax.nn.one_hot(place[0] * size + place[1], size**2)  # Below the last row nothing.
 
     def reset(key):
         place = jnp.zeros(2, jnp.int32)
@@ -76,7 +76,7 @@ def deep_sea(size, right_is):
         row, column = place
         right = action == right_is[row, column]
         treasure = right & (column == size - 1)
-        successor = jnp.stack([jnp.minimum(row + 1, size - 1), jnp.clip(column + jnp.where(right, 1, -1), 0, size - 1)])
+        successor = jnp.stack([row + 1, jnp.clip(column + jnp.where(right, 1, -1), 0, size - 1)])
         return successor, see(successor), treasure - 0.01 / size * right, row == size - 1, jnp.zeros((), bool)
 
     spaces = gymnasium.spaces.Box(0, 1, (size**2,)), gymnasium.spaces.Discrete(2)
