@@ -141,7 +141,7 @@ def distillation(
         """The target's features ``[T N, K]`` of what is paid for, and the bonuses as they come, of the shape of the reward. A
         minibatch at a time: all of a rollout's images would not fit a cache.
         """
-        size = _minibatch_size(t)
+        size = rows_at_once(t)
         moments, _ = moments_of(state, t)
 
         def part(rows: chex.ArrayTree) -> tuple[chex.Array, chex.Array]:
@@ -153,7 +153,7 @@ def distillation(
         features, error = jax.lax.map(part, parts)
         return features.reshape(-1, features.shape[-1]), error.reshape(t.reward.shape)
 
-    def _minibatch_size(t: Transition) -> int:
+    def rows_at_once(t: Transition) -> int:
         size = minibatch_size or t.reward.size
         if t.reward.size % size:
             raise ValueError(f"{t.reward.size} transitions do not divide into minibatches of {size}")
@@ -216,7 +216,7 @@ def distillation(
             return new, {"predictor_loss": loss, **metrics}
 
         key_order, key_rows = jax.random.split(key)
-        orders = jnp.argsort(jax.random.bits(key_order, (epochs, t.reward.size), jnp.uint32), axis=1).reshape(-1, _minibatch_size(t))
+        orders = jnp.argsort(jax.random.bits(key_order, (epochs, t.reward.size), jnp.uint32), axis=1).reshape(-1, rows_at_once(t))
         new, metrics = jax.lax.scan(minibatch, before, (orders, jax.random.split(key_rows, len(orders))))
         spread = jnp.mean(jnp.std(features, axis=0))
         return new._replace(observations=following_moments), bonus, {**jax.tree.map(jnp.mean, metrics), "feature_spread": spread}

@@ -42,7 +42,7 @@ class DQNOptions:
     """Step size of Adam; unused where an optimizer is given."""
     encoder: Literal["auto", "flat", "nature", "minatar"] = "auto"
     """What the network sees first: the observation as one vector, or the convolutions of Mnih et al. (2015) or of MinAtar. "auto" takes
-    convolutions for images (uint8 or bool with two or three axes), by their size; unused where a network is given."""
+    convolutions for images (uint8 or bool with two or three axes), by their size; where a network is given, only curiosity heeds it."""
     hidden: tuple[int, ...] | None = None
     """Widths of the hidden layers; by default (64, 64), behind Nature's convolutions (512,), behind MinAtar's (128,)."""
     loss: Literal["huber", "mse"] = "mse"
@@ -69,7 +69,7 @@ class DQNOptions:
     """Whether the agent also pays itself for what is new to it, and by what: RND, or SND with one of three losses. It needs n_steps=1.
     While it is off, its other options are unused."""
     intrinsic_coef: float = 1.0
-    """Factor of that pay, which on average is about 1 at first."""
+    """Factor of that pay, whose root mean square is 1 at first."""
     curiosity_learning_rate: float = 1e-3
     """Step size of Adam for what knows what is new."""
     curiosity_channels: int | None = None

@@ -87,7 +87,7 @@ class PPOOptions:
     """Divide rewards by the running deviation of their discounted sums."""
     encoder: Literal["auto", "flat", "nature", "minatar"] = "auto"
     """What the network sees first: the observation as one vector, or the convolutions of Mnih et al. (2015) or of MinAtar. "auto" takes
-    convolutions for images (uint8 or bool with two or three axes), by their size; unused where a network is given."""
+    convolutions for images (uint8 or bool with two or three axes), by their size; where a network is given, only curiosity heeds it."""
     hidden: tuple[int, ...] | None = None
     """Widths of the hidden layers; by default (64, 64), behind Nature's convolutions (512,), behind MinAtar's (128,)."""
     activation: Literal["auto", "tanh", "relu"] = "auto"

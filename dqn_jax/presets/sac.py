@@ -36,7 +36,8 @@ class SACOptions:
     """Step size of Adam for the critics; by default learning_rate."""
     encoder: Literal["auto", "flat", "nature", "minatar"] = "auto"
     """What the networks see first: the observation as one vector, or the convolutions of Mnih et al. (2015) or of MinAtar. "auto" takes
-    convolutions for images (uint8 or bool with two or three axes) where actions are numbered; unused where networks are given."""
+    convolutions for images (uint8 or bool with two or three axes) where actions are numbered; where networks are
+    given, only curiosity heeds it."""
     hidden: tuple[int, ...] | None = None
     """Widths of the hidden layers of the policy and of both critics; by default (256, 256), behind Nature's convolutions (512,), behind
     MinAtar's (128,)."""
@@ -69,7 +70,7 @@ class SACOptions:
     """Whether the agent also pays itself for what is new to it, and by what: RND, or SND with one of three losses. It needs n_steps=1.
     While it is off, its other options are unused."""
     intrinsic_coef: float = 1.0
-    """Factor of that pay, which on average is about 1 at first."""
+    """Factor of that pay, whose root mean square is 1 at first."""
     curiosity_learning_rate: float = 1e-3
     """Step size of Adam for what knows what is new."""
     curiosity_channels: int | None = None
