@@ -400,14 +400,14 @@ def test_a_real_section(tmp_path):
 
 @pytest.mark.parametrize("interrupt", [os.kill, os.killpg], ids=["the command alone", "all, as a terminal does"])
 def test_a_real_interrupt_leaves_no_process_behind(interrupt, tmp_path):
-    words = ["--sections", "size", "--folder", str(tmp_path)]
+    # Where the tests run in the background SIGINT may be ignored, and a child would inherit that. (No preexec_fn: JAX warns of a fork.)
+    heeding = "import signal; from dqn_jax import cli; signal.signal(signal.SIGINT, signal.default_int_handler); cli.main()"
     whole = subprocess.Popen(
-        [sys.executable, "-m", "dqn_jax.cli", "bench", *words],
+        [sys.executable, "-c", heeding, "bench", "--sections", "size", "--folder", str(tmp_path)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # Where the tests run in the background it may be ignored.
     )
     while whole.stdout.readline().strip() != "== size (1 of 1) ==":
         assert whole.poll() is None
