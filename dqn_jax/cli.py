@@ -104,6 +104,7 @@ class Bench:
     loops: steps per second, beside plain PyTorch, libtorch, PFRL, SB3 and other loops on JAX; takes the longest.
     latency: microseconds of single calls.
     scaling: steps per second of many at once.
+    nature: updates of Nature's network by batch size, beside PyTorch.
     roofline: an update against what the device could do.
     pixels: updates of convolutional networks."""
     quick: bool = False

@@ -17,7 +17,19 @@ from dqn_jax.bench import command, latency, loops, pictures, pixels, report, siz
 
 CPU = {"platform": "cpu", "kind": "cpu"}
 SCALED = ["scaling", "scaling, inline", "scaling, a device per core"]
-ALL = ["size", "memory", "loops", "latency", "latency, inline", *SCALED, "roofline", "roofline, inline", "pixels"]
+ALL = [
+    "size",
+    "memory",
+    "loops",
+    "latency",
+    "latency, inline",
+    *SCALED,
+    "nature",
+    "nature, inline",
+    "roofline",
+    "roofline, inline",
+    "pixels",
+]
 ALL += ["policies", "policies, inline", "policies, a device per core", "curiosity", "curiosity, inline"]
 
 
@@ -72,6 +84,7 @@ MEASURED = {
         },
     },
     "scaling": SCALING,
+    "nature": {"series": {}},
     "roofline": {"peaks": {}},
     "pixels": {"update_ms": {}},
     "policies": {"ppo": {}},

@@ -182,6 +182,7 @@ def on(monkeypatch, backend, function):
     def run(*args):
         with monkeypatch.context() as patch:
             patch.setattr(jax, "default_backend", lambda: backend)
+            patch.setattr(networks, "SMALL_WINDOW", 0)  # Or no window here would be large enough for a convolution.
             return jax.jit(lambda *args: function(*args))(*args)
 
     return run
@@ -243,13 +244,14 @@ def learn(network, x):
     return lambda params: jax.lax.scan(step, params, length=3)[0]
 
 
-def test_only_other_backends_run_a_convolution_in_the_loop(monkeypatch):
-    network = networks.ConvQNetwork(3, networks.MINATAR, (8,), spaces.image(GRID))
+@pytest.mark.parametrize(("convolutions", "backends"), [(networks.MINATAR, ()), (((8, 6, 2),), ("gpu",))], ids=["small windows", "large"])
+def test_only_other_backends_run_a_convolution_in_the_loop(monkeypatch, convolutions, backends):
+    network = networks.ConvQNetwork(3, convolutions, (8,), spaces.image(GRID))
     x = jnp.ones((2, 10, 10, 4), bool)
     params = network.init(jax.random.key(0), x)
     for backend in ("cpu", "gpu"):
         monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
-        assert ("convolution(" in jax.jit(learn(network, x)).lower(params).compile().as_text()) == (backend != "cpu")
+        assert ("convolution(" in jax.jit(learn(network, x)).lower(params).compile().as_text()) == (backend in backends)
 
 
 def test_conv_q_network_is_the_network_that_it_says(monkeypatch):

@@ -209,9 +209,24 @@ def acting(shape: Shape) -> list[Contender]:
 def torch_choice(shape: Shape) -> Callable[[np.ndarray], int]:
     """The greedy choice by the same network in PyTorch, on one thread, as its users write it; it sees the frames first."""
     import torch
-    from torch import nn
 
     torch.set_num_threads(1)
+    model = torch_network(shape)
+
+    @torch.inference_mode()
+    def choose(observation: np.ndarray) -> int:
+        x = torch.from_numpy(observation)
+        if shape.convolutions:
+            x = x.permute(2, 0, 1).float() / 255
+        return int(model(x[None]).argmax(dim=1))
+
+    return choose
+
+
+def torch_network(shape: Shape) -> Any:
+    """The network as a ``torch.nn.Sequential``, with PyTorch's own initialisation."""
+    from torch import nn
+
     layers: list[nn.Module] = []
     width = shape.observation[0]
     if shape.convolutions:
@@ -224,16 +239,7 @@ def torch_choice(shape: Shape) -> Callable[[np.ndarray], int]:
     for features in shape.hidden:
         layers += [nn.Linear(width, features), nn.ReLU()]
         width = features
-    model = nn.Sequential(*layers, nn.Linear(width, shape.num_actions))
-
-    @torch.inference_mode()
-    def choose(observation: np.ndarray) -> int:
-        x = torch.from_numpy(observation)
-        if shape.convolutions:
-            x = x.permute(2, 0, 1).float() / 255
-        return int(model(x[None]).argmax(dim=1))
-
-    return choose
+    return nn.Sequential(*layers, nn.Linear(width, shape.num_actions))
 
 
 def bare_update(agent: DQN, state: AgentState) -> Callable[[], Any]:

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from dqn_jax.bench import scaling
+from dqn_jax.bench import series
 
 OURS, OTHERS = "tab:blue", "tab:gray"
 
@@ -17,10 +17,10 @@ def draw(measured: dict[str, Any], folder: Path) -> list[Path]:
       folder: where the pictures go.
 
     Returns:
-      The pictures: ``loops.png`` and ``scaling.png``, of those of the two sections that have been measured.
+      The pictures: ``loops.png``, and ``scaling.png`` of the sections that measure series, of those of them that have been measured.
     """
     reports = measured.get("loops", {}).get("reports", [])
-    scaled = {name: section for name, section in measured.items() if name.startswith("scaling")}
+    scaled = {name: section for name, section in measured.items() if name.startswith(("scaling", "nature"))}
     if not reports and not scaled:
         return []
     try:
@@ -60,21 +60,21 @@ def draw_loops(reports: list[dict[str, Any]], path: Path) -> Path:
 
 
 def draw_scaling(sections: dict[str, dict[str, Any]], path: Path) -> Path:
-    """The curves of the section, both axes logarithmic: for each of its entries a row of panels, and for each unit a panel in it."""
+    """The curves of the sections, both axes logarithmic: for each of its entries a row of panels, and for each unit a panel in it."""
     from matplotlib.figure import Figure
 
-    units = list(dict.fromkeys(series["unit"] for section in sections.values() for series in section["series"].values()))
+    units = list(dict.fromkeys(one["unit"] for section in sections.values() for one in section["series"].values()))
     figure = Figure(figsize=(6.5 * len(units), 4.5 * len(sections)), layout="constrained")
     grid = figure.subplots(len(sections), len(units), sharex="col", sharey="col", squeeze=False)
     for row, (entry, section) in zip(grid, sections.items(), strict=True):
         for axes, unit in zip(row, units, strict=True):
-            series = {name: one for name, one in section["series"].items() if one["unit"] == unit}
-            for name, (counts, medians) in scaling.curves(section | {"series": series}).items():
+            chosen = {name: one for name, one in section["series"].items() if one["unit"] == unit}
+            for name, (counts, medians) in series.curves(section | {"series": chosen}).items():
                 axes.loglog(counts, medians, marker="o", label=name)
-            if not series:  # The section has none of this unit, or failed on its way.
+            if not chosen:  # The section has none of this unit, or failed on its way.
                 axes.set_visible(False)
                 continue
             axes.legend()
-            axes.set(title=entry, xlabel=" or ".join(dict.fromkeys(one["axis"] for one in series.values())), ylabel=f"{unit} (median)")
+            axes.set(title=entry, xlabel=" or ".join(dict.fromkeys(one["axis"] for one in chosen.values())), ylabel=f"{unit} (median)")
     figure.savefig(path, dpi=120)
     return path

@@ -9,10 +9,17 @@ steps, matrices too small to be multiplied at full rate, random rows of the repl
 * XLA counts the operations and the bytes of the compiled program. It counts what every step of it reads and writes, most of which stays
   in caches: for small networks the time of the traffic is too high, and an update may even be faster than it.
 * The operations of the matrix products are counted by hand as well, and stand in where the backend does not tell.
+* The same update is also timed inside a compiled loop, where nobody has to start a program for it; of that loop an accelerator's profile
+  tells how many kernels an update is, how long they run, and which of them the longest.
 """
 
 import dataclasses
+import functools
+import gzip
+import json
 import math
+import re
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -37,8 +44,11 @@ from dqn_jax.bench.latency import (
     time_in_turns,
 )
 from dqn_jax.programs import compute_inline
+from dqn_jax.types import Agent, AgentState
 
 DOUBLE = True  # The preset's: Double DQN values the successors twice.
+LOOPED = 100  # Updates in one program.
+LONGEST = 5  # Kernels that are named.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,11 +127,68 @@ def measure_update(shape: Shape, batch_size: int, calls: int, budget: float) -> 
     """One update from a full uniform replay: its counts, and its time.
 
     Returns:
-      ``update_us`` percentiles; ``flops_by_hand``; ``flops`` and ``bytes`` as ``counts_by_xla`` gives them.
+      ``update_us`` percentiles; ``looped_us``, the least inside a loop; ``kernels`` as the function of that name gives them;
+      ``flops_by_hand``; ``flops`` and ``bytes`` as ``counts_by_xla`` gives them.
     """
     agent = make_agent(shape, batch_size, prioritized=False)
     timed = time_in_turns([Contender(bare_update(agent, fill(agent, shape)), ("update",))], calls, budget)
-    return {"update_us": timed["update"], "flops_by_hand": update_flops(shape, batch_size), **counts_by_xla(shape, batch_size)}
+    loop, number = updates_in_a_loop(agent.agent, fill(agent, shape)), LOOPED if calls == CALLS else 2
+    looped = {"looped_us": 1e6 * best_seconds(lambda: loop(number), 3) / number, "kernels": kernels(lambda: loop(number), number)}
+    return {"update_us": timed["update"], **looped, "flops_by_hand": update_flops(shape, batch_size), **counts_by_xla(shape, batch_size)}
+
+
+def updates_in_a_loop(agent: Agent, state: AgentState) -> Callable[[int], Any]:
+    """From their number to updates in one program, their random numbers drawn in it at once; ``state`` is used up."""
+
+    @functools.partial(jax.jit, static_argnums=1, donate_argnums=0)
+    def run(state: AgentState, number: int) -> Any:
+        drawn = jax.vmap(lambda counter: agent.draw(state, counter))(state.updates + jnp.arange(number))
+        return jax.lax.scan(agent.update, state, drawn)
+
+    cell = [state]
+
+    def call(number: int) -> Any:
+        cell[0], metrics = run(cell[0], number)
+        return metrics
+
+    return call
+
+
+def kernels(call: Callable[[], Any], number: int) -> dict[str, Any] | None:
+    """What an accelerator executes during a call, by JAX's profiler.
+
+    Args:
+      call: compiled before.
+      number: of updates that it makes.
+
+    Returns:
+      For one update ``count``, kernels and copies; ``busy_us``, what they take together; and ``longest``, the names of those that take
+      most with their us. None where the profile tells of no device, and on a CPU.
+    """
+    if jax.default_backend() == "cpu":
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, create_perfetto_trace=True):
+            jax.block_until_ready(call())
+        (path,) = Path(folder).rglob("perfetto_trace.json.gz")
+        return summarize_trace(json.loads(gzip.decompress(path.read_bytes()))["traceEvents"], number)
+
+
+def summarize_trace(events: list[dict[str, Any]], number: int) -> dict[str, Any] | None:
+    """From the events of a trace, in Chrome's format, and the number of updates in it to what ``kernels`` gives."""
+    names = {(event["pid"], event.get("tid"), event["name"]): event["args"].get("name", "") for event in events if event.get("ph") == "M"}
+    devices = {pid for (pid, _, what), name in names.items() if what == "process_name" and "/device:" in name and "CPU" not in name}
+    # A stream is what runs; other lines of the profile sum up the same time by operation or program.
+    streams = {(pid, tid) for (pid, tid, what), name in names.items() if what == "thread_name" and pid in devices and "Stream" in name}
+    ran = [event for event in events if event.get("ph") == "X" and (event["pid"], event.get("tid")) in streams]
+    if not ran:
+        return None
+    by_name: dict[str, float] = {}
+    for event in ran:
+        name = re.sub(r"[_.]\d+$", "", event["name"])
+        by_name[name] = by_name.get(name, 0.0) + event["dur"] / number
+    longest = sorted(by_name.items(), key=lambda item: -item[1])[:LONGEST]
+    return {"count": len(ran) / number, "busy_us": sum(by_name.values()), "longest": dict(longest)}
 
 
 def counts_by_xla(shape: Shape, batch_size: int) -> dict[str, float | None]:
@@ -186,9 +253,12 @@ def show(measured: dict[str, Any]) -> None:
         by = "counted by hand" if update["flops"] is None else f"{update['flops'] / update['flops_by_hand']:.2f} times the count by hand"
         print(
             f"  {name}: update {update['update_us']['p50']:,.0f} us; arithmetic alone would take {update['arithmetic_us']:,.0f} us ({by}), "
-            f"memory traffic {traffic}; {100 * update['share']:.0f} % of the limit",
+            f"memory traffic {traffic}; {100 * update['share']:.0f} % of the limit; in a loop {update['looped_us']:,.0f} us",
             flush=True,
         )
+        if ran := update["kernels"]:
+            longest = ", ".join(f"{kernel} {us:.1f}" for kernel, us in ran["longest"].items())
+            print(f"    in the loop {ran['count']:.1f} kernels and copies, {ran['busy_us']:.1f} us together: {longest}", flush=True)
 
 
 def main() -> None:

@@ -1,14 +1,13 @@
-"""What more environments, seeds or larger batches bring: ``python -m dqn_jax.bench.scaling [--quick] [--inline | --spread] [--out
-FILE.json]``.
+"""What more environments or seeds bring: ``python -m dqn_jax.bench.scaling [--quick] [--inline | --spread] [--out FILE.json]``.
 
-Per second, medians and ranges of three measurements, each with keys of its own; compilation apart:
+Steps per second, medians and ranges of three measurements, each with keys of its own; compilation apart:
 
-* steps of the host loop, with N environments that feed one agent through ``batch_act_and_train``: Gymnasium's CartPole-v1 in one
-  process, after the warm-up. Its compilation is that of ``DQN.compile``;
-* steps of the compiled loop with N environments that feed one agent;
-* steps of the compiled loop with N seeds, an agent and an environment each, through ``dqn_jax.over_seeds``; their steps are added up;
-* updates of Nature's convolutional network inside a compiled loop, from a full replay of frames, computed in float32 (at JAX's
-  default precision) and in bfloat16, by batch size. Random numbers are drawn before, and no environment is stepped.
+* of the host loop, with N environments that feed one agent through ``batch_act_and_train``: Gymnasium's CartPole-v1 in one process, after
+  the warm-up. Its compilation is that of ``DQN.compile``;
+* of the compiled loop with N environments that feed one agent;
+* of the compiled loop with N seeds, an agent and an environment each, through ``dqn_jax.over_seeds``; their steps are added up. On an
+  accelerator a loop in the style of PureJaxRL takes turns with ours there, spread by the same function, and from 16 seeds on the greedy
+  return of both is shown; on a CPU the section loops compares the two.
 
 The loops learn with the setting PLAIN of ``settings.py`` on CartPole, on MinAtar's Breakout with the preset "minatar", and make **one
 update for every 4 transitions, whatever the count**: with one environment an update after every fourth row, with N >= 4 environments N / 4
@@ -16,8 +15,8 @@ updates after each row of N transitions. So more environments save acting, not l
 begins with the first full batch, since the steps of a warm-up cost next to nothing. Compiled loops are timed from the first reset on, that
 little warm-up included; the updates that were made stand beside the steps.
 
-Each seed makes as many steps as every other, however many there are, and its replay keeps them all (``Sizes``, SEED_CAPACITY). On an
-accelerator there are larger counts, a replay of 1,000,000 frames, and MinAtar where pgx is installed; what is left out is said.
+Each seed of a game makes as many steps as every other, however many there are, and its replay keeps them all (``Sizes``, SEED_CAPACITY).
+On an accelerator there are larger counts, and MinAtar where pgx is installed; what is left out is said.
 """
 
 import contextlib
@@ -32,29 +31,27 @@ from typing import Any, NamedTuple
 
 import gymnasium
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dqn_jax import footprint, spaces
-from dqn_jax.bench import report
-from dqn_jax.bench.latency import AHEAD, SHAPES, Shape, network_of, observation_space, observations
-from dqn_jax.bench.settings import PLAIN, options
+from dqn_jax.bench import compiled_loops, report, series
+from dqn_jax.bench.series import Contender, Done, Group
+from dqn_jax.bench.settings import PLAIN, Setting, options
 from dqn_jax.envs import make, true_successors
 from dqn_jax.presets.dqn import DQN, PRESETS, dqn
 from dqn_jax.programs import compute_inline, device_per_core
 from dqn_jax.seeds import num_in_one_memory, over_seeds
-from dqn_jax.training import Result, train
-from dqn_jax.types import Agent, AgentState, Transition
+from dqn_jax.training import train
+from dqn_jax.types import Env
 
 REPEATS = 3
 SEED_CAPACITY = 50_000  # Transitions that a seed keeps at most.
-FILLERS = 50  # Environments that fill a replay together, so that a large one is full soon.
-DTYPES = {"float32": None, "bfloat16": jnp.bfloat16}  # None: as parameters and images are.
+EVALUATED, EPISODES = 16, 20  # Seeds whose greedy return is shown, and episodes of each.
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Measures what more environments, seeds or larger batches bring."""
+    """Measures what more environments or seeds bring."""
 
     inline: bool = False
     """Compute on the one thread that asks (``dqn_jax.compute_inline``)."""
@@ -74,12 +71,14 @@ class Game(NamedTuple):
       env_args: its parameters.
       options: of the agent.
       needs: the package that it needs beyond the required ones, or "".
+      setting: the same for the peer, but for the replay's size; None where it has no network for the game.
     """
 
     env_id: str
     env_args: dict[str, Any]
     options: dict[str, Any]
     needs: str
+    setting: Setting | None
 
 
 def _at_once(agent_options: dict[str, Any]) -> dict[str, Any]:
@@ -88,10 +87,11 @@ def _at_once(agent_options: dict[str, Any]) -> dict[str, Any]:
 
 
 CARTPOLE, MINATAR = "CartPole", "MinAtar Breakout"
+AT_ONCE = PLAIN._replace(warmup=PLAIN.batch_size)
 GAMES = {
     # As shipped, the JAX version differs from CartPole-v1 in this product.
-    CARTPOLE: Game("phys2d/CartPole-v1", {"polemass_length": 0.05}, _at_once(options(PLAIN)), ""),
-    MINATAR: Game("pgx/minatar-breakout", {}, _at_once(PRESETS["minatar"]), "pgx"),
+    CARTPOLE: Game("phys2d/CartPole-v1", {"polemass_length": 0.05}, _at_once(options(PLAIN)), "", AT_ONCE),
+    MINATAR: Game("pgx/minatar-breakout", {}, _at_once(PRESETS["minatar"]), "pgx", None),
 }
 
 
@@ -102,22 +102,18 @@ class Sizes(NamedTuple):
       counts: of environments, and of seeds.
       host_steps: transitions of a measured host loop, of all environments together; rounded down to whole updates.
       env_steps: transitions of a compiled loop with several environments, of all together; rounded up to whole rows.
-      seed_steps: transitions of each seed.
+      seed_steps: transitions of each seed, by game.
       games: names out of GAMES, for the compiled loops.
-      frames: that the replay of Nature's updates keeps.
-      batch_sizes: of Nature's updates.
-      learnt: transitions that Nature's updates learn from in one measurement: updates times batch size.
+      with_peer: whether a loop in the style of PureJaxRL takes turns with ours.
       repeats: measurements of each count.
     """
 
     counts: tuple[int, ...]
     host_steps: int
     env_steps: int
-    seed_steps: int
+    seed_steps: dict[str, int]
     games: tuple[str, ...]
-    frames: int
-    batch_sizes: tuple[int, ...]
-    learnt: int
+    with_peer: bool
     repeats: int = REPEATS
 
 
@@ -129,51 +125,10 @@ def sizes(backend: str, quick: bool = False) -> Sizes:
       quick: a little of everything.
     """
     if quick:
-        return Sizes((16,), 512, 2_048, 512, (CARTPOLE,), 1_000, (32,), 128)
+        return Sizes((16,), 512, 2_048, {CARTPOLE: 512}, (CARTPOLE,), True)
     if backend == "cpu":
-        return Sizes((1, 16, 128, 1024), 16_384, 131_072, 2_048, (CARTPOLE,), 20_000, (32, 128), 2_560)
-    batch_sizes = (32, 128, 512, 1024, 4096)
-    return Sizes((1, 16, 128, 1024, 4096), 16_384, 16_384, 4_096, (CARTPOLE, MINATAR), 1_000_000, batch_sizes, 409_600)
-
-
-class Done(NamedTuple):
-    """What one measurement did.
-
-    Attributes:
-      steps: transitions stored, of all environments or seeds together.
-      updates: made, of all seeds together.
-      seconds: that it took.
-    """
-
-    steps: int
-    updates: int
-    seconds: float
-
-
-def point(count: int, compile_seconds: float, done: list[Done], replay_bytes: int, counted: str = "steps") -> dict[str, Any]:
-    """One count of a series.
-
-    Args:
-      count: of environments or seeds, or the batch size.
-      compile_seconds: what compilation took.
-      done: the measurements.
-      replay_bytes: of all replays together.
-      counted: the field of ``Done`` that is counted by the second.
-
-    Returns:
-      ``count``; ``steps`` and ``updates`` of each measurement; ``compile_seconds``; ``replay_bytes``; the ``median``, ``min`` and ``max``
-      of what was done in a second.
-
-    Raises:
-      AssertionError: if the measurements made different numbers of steps or updates.
-    """
-    made = {one._replace(seconds=0.0) for one in done}
-    if len(made) != 1:
-        raise AssertionError(f"the measurements with {count} differ in what they did, {sorted(made)}: their times do not compare")
-    spread = report.spread([getattr(one, counted) / one.seconds for one in done])
-    (one,) = made
-    counts = {"count": count, "steps": one.steps, "updates": one.updates}
-    return {**counts, "compile_seconds": compile_seconds, "replay_bytes": replay_bytes, **spread}
+        return Sizes((1, 16, 128, 1024), 16_384, 131_072, {CARTPOLE: 2_048}, (CARTPOLE,), False)
+    return Sizes((1, 128, 1024, 4096), 8_192, 8_192, {CARTPOLE: 8_192, MINATAR: 2_048}, (CARTPOLE, MINATAR), True)
 
 
 # The host loop.
@@ -188,7 +143,7 @@ def host_loop(num_envs: int, steps: int, repeats: int) -> dict[str, Any]:
       repeats: measurements.
 
     Returns:
-      What ``point`` gives.
+      One point, as ``series.in_turns`` gives it.
 
     Raises:
       ValueError: if no update falls due within the steps, or N and the 4 transitions between updates do not divide one another.
@@ -209,16 +164,18 @@ def host_loop(num_envs: int, steps: int, repeats: int) -> dict[str, Any]:
         # An agent made anew would compile anew: this one takes over fresh states.
         fresh, first = jax.jit(agent.agent.init), agent.run_state
         example = spaces.example(envs.single_observation_space, num_envs)
-        done = []
-        for seed in range(repeats):
+
+        def measure(seed: int) -> Done:
             agent.restore(first._replace(agent=fresh(jax.random.key(seed), example)))
             rows = _play(agent, envs, seed)
             _make(rows, cadence.prefill + cadence.rows)  # The first update is made.
             before, begin = agent.get_statistics(), time.perf_counter()  # The statistics wait for it.
             _make(rows, cycles * cadence.rows)
             after, end = agent.get_statistics(), time.perf_counter()
-            done.append(Done(int(after["t"] - before["t"]), int(after["n_updates"] - before["n_updates"]), end - begin))
-    return point(num_envs, compile_seconds, done, footprint.num_bytes(first.agent.memory))
+            return Done(int(after["t"] - before["t"]), int(after["n_updates"] - before["n_updates"]), end - begin)
+
+        contender = Contender(measure, compile_seconds, footprint.num_bytes(first.agent.memory))
+        return series.in_turns(num_envs, {"host loop, CartPole": contender}, repeats)
 
 
 def _play(agent: DQN, envs: gymnasium.vector.VectorEnv, seed: int) -> Iterator[None]:
@@ -239,144 +196,144 @@ def _make(rows: Iterator[None], number: int) -> None:
 # The compiled loop.
 
 
-def environments(game: Game, num_envs: int, steps: int, repeats: int) -> dict[str, Any]:
+class Learnt(NamedTuple):
+    """What a compiled run gives back, of one seed or, with a leading axis, of many.
+
+    Attributes:
+      steps: transitions stored.
+      updates: made.
+      params: of the greedy policy.
+      rest: whatever else the loop has to give, so that it is computed.
+    """
+
+    steps: Any
+    updates: Any
+    params: Any
+    rest: Any
+
+
+def ours(agent: Any, env: Env, steps: int, num_envs: int = 1) -> Callable[[Any], Learnt]:
+    """This package's compiled loop, from a key. ``rest`` is the state and the history."""
+    # With many points of history the few cycles between two would draw their random numbers in small pieces.
+    training = train(agent, env, num_steps=steps, num_envs=num_envs, history_length=1)
+
+    def run(key: Any) -> Learnt:
+        result = training.run(key)
+        return Learnt(result.state.step, result.state.updates, result.state.learner.params, result)
+
+    return run
+
+
+def purejaxrl_style(env: Env, setting: Setting, steps: int) -> Callable[[Any], Learnt]:
+    """The loop of that name in ``compiled_loops.py``."""
+    loop = compiled_loops.purejaxrl_style(env, setting, steps)
+
+    def run(key: Any) -> Learnt:
+        outcome = loop(key)
+        return Learnt(outcome.steps, outcome.updates, outcome.params, outcome.history)
+
+    return run
+
+
+def environments(name: str, num_envs: int, steps: int, repeats: int) -> dict[str, Any]:
     """The compiled loop with so many environments that feed one agent.
 
     Args:
-      game: what is learnt.
+      name: what is learnt, out of GAMES.
       num_envs: N.
       steps: transitions of a measurement, of all environments together; rounded up to whole rows.
       repeats: measurements.
 
     Returns:
-      What ``point`` gives.
+      One point, as ``series.in_turns`` gives it.
 
     Raises:
       ValueError: if N and the transitions between updates do not divide one another, or the replay is too small for N.
       MemoryError: if the replay is larger than the device's memory.
     """
+    game = GAMES[name]
     env = make(game.env_id, **game.env_args)
-    # With many points of history the few cycles between two would draw their random numbers in small pieces.
-    training = train(dqn(env, **game.options), env, num_steps=steps, num_envs=num_envs, history_length=1)
-    return _compiled(training.run, num_envs, [jax.random.key(seed) for seed in range(repeats)])
+    agent = dqn(env, **game.options)
+    keys = [jax.random.key(seed) for seed in range(repeats)]
+    contender = compiled(ours(agent, env, steps, num_envs), keys, _replay_bytes(agent, env, num_envs))
+    return series.in_turns(num_envs, {f"compiled loop, environments, {name}": contender}, repeats)
 
 
-def seeds(game: Game, count: int, steps: int, repeats: int) -> dict[str, Any]:
+def seeds(name: str, count: int, steps: int, repeats: int, with_peer: bool) -> dict[str, Any]:
     """The compiled loop with so many seeds, each an agent and an environment.
 
     Args:
-      game: what is learnt.
+      name: what is learnt, out of GAMES.
       count: of seeds.
       steps: transitions of each; rounded up as ``dqn_jax.train`` does. Its replay keeps them all, up to SEED_CAPACITY.
       repeats: measurements.
+      with_peer: whether a loop in the style of PureJaxRL takes turns, where it can.
 
     Returns:
-      What ``point`` gives.
+      A point for each, as ``series.in_turns`` gives it.
 
     Raises:
       ValueError: if so few steps are left for a seed that it would not learn.
       MemoryError: if all replays together are larger than the device's memory.
     """
+    game = GAMES[name]
     if steps <= game.options["batch_size"]:
         raise ValueError(f"{steps} steps of a seed are too few, learning begins after {game.options['batch_size']}: measure more")
     env = make(game.env_id, **game.env_args)
-    agent = dqn(env, **game.options | {"capacity": min(SEED_CAPACITY, steps)})
-    training = train(agent, env, num_steps=steps, history_length=1)
-    footprint.require_room(jax.eval_shape(training.init, jax.random.key(0)), num_in_one_memory(count))
-    run = over_seeds(training.run) if count > 1 else lambda keys: training.run(keys[0])  # One lane would be slower than none.
-    return _compiled(run, count, [jax.random.split(jax.random.key(seed), count) for seed in range(repeats)])
+    capacity = min(SEED_CAPACITY, steps)
+    agent = dqn(env, **game.options | {"capacity": capacity})
+    steps = train(agent, env, num_steps=steps, history_length=1).num_steps
+    replay_bytes = count * _replay_bytes(agent, env, 1, num_in_one_memory(count))
+    loops = {f"compiled loop, seeds, {name}": ours(agent, env, steps)}
+    if with_peer and game.setting:
+        loops[f"compiled loop, seeds, {name}, PureJaxRL style"] = purejaxrl_style(env, game.setting._replace(capacity=capacity), steps)
+    keys = [jax.random.split(jax.random.key(seed), count) for seed in range(repeats)]
+    evaluate = _evaluation(env, game.setting) if game.setting and with_peer and count >= EVALUATED else None
+    contenders = {}
+    for title, run in loops.items():
+        # One lane would be slower than none.
+        contenders[title] = compiled(over_seeds(run) if count > 1 else _alone(run), keys, replay_bytes, evaluate)
+    return series.in_turns(count, contenders, repeats)
 
 
-def _compiled(run: Callable[[jax.Array], Result], count: int, keys: list[jax.Array]) -> dict[str, Any]:
-    """Compiles ``run`` once and calls it with each of the keys."""
+def _alone(run: Callable[[Any], Learnt]) -> Callable[[Any], Learnt]:
+    return lambda keys: run(keys[0])
+
+
+def _replay_bytes(agent: Any, env: Env, num_envs: int, copies: int = 1) -> int:
+    """The bytes of one replay; MemoryError if so many of them are larger than the device's memory."""
+    _, observation = jax.eval_shape(jax.vmap(env.reset), jax.random.split(jax.random.key(0), num_envs))
+    state = jax.eval_shape(agent.init, jax.random.key(0), observation)
+    footprint.require_room(state, copies)
+    return footprint.num_bytes(state.memory)
+
+
+def _evaluation(env: Env, setting: Setting) -> Callable[[Any], float]:
+    """From the parameters of many seeds to the mean greedy return of the first EVALUATED."""
+
+    @jax.jit
+    def returns(params: Any) -> Any:
+        keys = jax.random.split(jax.random.key(0), EVALUATED)
+        return jax.vmap(lambda params, key: compiled_loops.greedy_returns(env, setting, params, key, EPISODES))(params, keys)
+
+    return lambda params: float(np.mean(returns(jax.tree.map(lambda leaf: np.asarray(leaf[:EVALUATED]), params))))
+
+
+def compiled(run: Callable[[Any], Learnt], keys: list[Any], replay_bytes: int, evaluate: Callable[[Any], float] | None = None) -> Contender:
+    """A compiled loop, for the keys of one measurement after the other; ``evaluate`` gives the return of what the last one has learnt."""
     begin = time.perf_counter()
     program = jax.jit(run).lower(keys[0]).compile()
     compile_seconds = time.perf_counter() - begin
-    done, replay_bytes = [], 0
-    for key in keys:
+    last: list[Any] = []
+
+    def measure(number: int) -> Done:
         begin = time.perf_counter()
-        result = jax.block_until_ready(program(key))
+        learnt = jax.block_until_ready(program(keys[number]))
         seconds = time.perf_counter() - begin
-        done.append(Done(int(np.sum(result.state.step)), int(np.sum(result.state.updates)), seconds))
-        replay_bytes = footprint.num_bytes(result.state.memory)
-        del result  # Or its replay would stay while the next one is made.
-    return point(count, compile_seconds, done, replay_bytes)
+        last[:] = [learnt.params]  # And not its replay, which would stay while the next one is made.
+        return Done(int(np.sum(learnt.steps)), int(np.sum(learnt.updates)), seconds)
 
-
-# Nature's updates.
-
-
-def updates(shape: Shape, dtype: Any, batch_sizes: tuple[int, ...], learnt: int, repeats: int) -> Iterator[dict[str, Any]]:
-    """Updates of a convolutional network from one replay, which is full, batch size by batch size.
-
-    Args:
-      shape: the network, what it sees and the capacity.
-      dtype: in which the network computes; None for that of its parameters.
-      batch_sizes: with which to learn.
-      learnt: transitions to learn from in one measurement, updates times batch size.
-      repeats: measurements.
-
-    Yields:
-      For each batch size what ``point`` gives.
-
-    Raises:
-      ValueError: if a batch is larger than ``learnt``.
-    """
-    if max(batch_sizes) > learnt:
-        raise ValueError(f"an update with a batch of {max(batch_sizes)} learns from more than {learnt} transitions: allow more")
-    agent, example = convolutional_agent(shape, dtype, batch_sizes[0]), spaces.example(observation_space(shape), FILLERS)
-    fresh = jax.jit(lambda key: agent.init(key, example)._replace(memory=()))  # No state depends on the batch size.
-    memory = full_replay(agent, fresh(jax.random.key(0)), shape)
-    for batch_size in batch_sizes:
-        learner = convolutional_agent(shape, dtype, batch_size)
-        draw, program, compile_seconds = _update_programs(learner, fresh, memory, learnt // batch_size)
-        done = []
-        for seed in range(repeats):
-            state = fresh(jax.random.key(seed))
-            drawn = jax.block_until_ready(draw(state))
-            begin = time.perf_counter()
-            state, _ = jax.block_until_ready(program(state._replace(memory=memory), drawn))
-            done.append(Done(int(state.step), int(state.updates), time.perf_counter() - begin))
-            memory = state.memory  # The program has used up what it was given.
-        yield point(batch_size, compile_seconds, done, footprint.num_bytes(memory), "updates")
-
-
-def _update_programs(agent: Agent, fresh: Any, memory: Any, number: int) -> tuple[Any, Any, float]:
-    """From a state without replay to the random numbers of so many updates; the updates, compiled; and what that took, in seconds."""
-    draw = jax.jit(lambda state: jax.vmap(lambda counter: agent.draw(state, counter))(jnp.arange(number)))
-    state = jax.eval_shape(fresh, jax.random.key(0))
-    shapes = state._replace(memory=jax.eval_shape(lambda: memory)), jax.eval_shape(draw, state)
-    begin = time.perf_counter()
-    update = jax.jit(lambda state, drawn: jax.lax.scan(agent.update, state, drawn), donate_argnums=0)
-    program = update.lower(*shapes).compile()
-    return draw, program, time.perf_counter() - begin
-
-
-def convolutional_agent(shape: Shape, dtype: Any, batch_size: int) -> Agent:
-    """An agent with this network, computed in this type, one-step targets, and a replay that keeps each frame once."""
-    return dqn(
-        (observation_space(shape), gymnasium.spaces.Discrete(shape.num_actions)),
-        network=network_of(shape).clone(dtype=dtype),
-        batch_size=batch_size,
-        capacity=shape.capacity,
-        frames="stack_last",
-        replay_start_size=batch_size,
-        n_steps=1,
-    )
-
-
-def full_replay(agent: Agent, state: AgentState, shape: Shape) -> Any:
-    """A replay that FILLERS environments have filled, each with one endless episode; ``state`` has no replay and is used up."""
-    seen, ones, columns = jnp.asarray(np.stack(observations(shape))), jnp.ones(FILLERS), jnp.arange(FILLERS)
-
-    def add(i: Any, state: AgentState) -> AgentState:
-        observation, successor = seen[(i + columns) % AHEAD], seen[(i + 1 + columns) % AHEAD]
-        action = (i + columns) % shape.num_actions
-        return agent.observe(state, Transition(observation, action.astype(jnp.int32), ones * (i % 7), ones, successor, ones > 1))
-
-    empty = jax.jit(lambda key: agent.init(key, spaces.example(observation_space(shape), FILLERS)).memory)
-    fill = jax.jit(lambda state: jax.lax.fori_loop(0, shape.capacity // FILLERS, add, state), donate_argnums=0)
-    return jax.block_until_ready(fill(state._replace(memory=empty(state.key)))).memory
+    return Contender(measure, compile_seconds, replay_bytes, () if evaluate is None else lambda: evaluate(last[0]))
 
 
 # All together.
@@ -392,24 +349,16 @@ def missing(chosen: Sizes) -> dict[str, str]:
     return why
 
 
-def plan(chosen: Sizes) -> dict[str, tuple[str, str, Iterator[dict[str, Any]]]]:
-    """For each series by its name: what is counted along it, the unit, and its points, which are measured when they are asked for."""
-    counts, repeats = chosen.counts, chosen.repeats
-    per_second = "steps per second"
-    series: dict[str, tuple[str, str, Iterator[dict[str, Any]]]] = {
-        "host loop, CartPole": ("environments", per_second, (host_loop(count, chosen.host_steps, repeats) for count in counts)),
-    }
-    nature = SHAPES["Nature"]._replace(capacity=chosen.frames)
+def plan(chosen: Sizes) -> list[Group]:
+    """All series."""
+    counts, repeats, unit = chosen.counts, chosen.repeats, "steps per second"
+    groups = [Group("environments", unit, (host_loop(count, chosen.host_steps, repeats) for count in counts))]
     for name in (name for name in chosen.games if name not in missing(chosen)):
         # Bound now: a generator would look the game up when it is asked for its points, after the last one.
-        several = functools.partial(environments, GAMES[name], steps=chosen.env_steps, repeats=repeats)
-        many = functools.partial(seeds, GAMES[name], steps=chosen.seed_steps, repeats=repeats)
-        series[f"compiled loop, environments, {name}"] = ("environments", per_second, map(several, counts))
-        series[f"compiled loop, seeds, {name}"] = ("seeds", per_second, map(many, counts))
-    for name, dtype in DTYPES.items():
-        points = updates(nature, dtype, chosen.batch_sizes, chosen.learnt, repeats)
-        series[f"Nature updates, {name}"] = ("batch size", "updates per second", points)
-    return series
+        several = functools.partial(environments, name, steps=chosen.env_steps, repeats=repeats)
+        many = functools.partial(seeds, name, steps=chosen.seed_steps[name], repeats=repeats, with_peer=chosen.with_peer)
+        groups += [Group("environments", unit, map(several, counts)), Group("seeds", unit, map(many, counts))]
+    return groups
 
 
 def measure(quick: bool = False, keep: Callable[[dict[str, Any]], None] | None = None, seeds_only: bool = False) -> dict[str, Any]:
@@ -435,53 +384,14 @@ def measure_sizes(chosen: Sizes, keep: Callable[[dict[str, Any]], None] | None =
       seeds_only: leave out what is not counted along seeds.
 
     Returns:
-      ``device``; ``sizes``; ``left_out``: games and why; ``series``: by name the ``axis`` (what is counted along it), the ``unit`` and the
-      ``points``, each as ``point`` gives it.
+      ``device``; ``sizes``; ``left_out``: games and why; ``series`` as ``series.measure`` gives them.
 
     Raises:
       ValueError: if a size does not fit a count.
       MemoryError: if replays are larger than the device's memory.
     """
-    series: dict[str, Any] = {}
-    measured = {"device": str(jax.devices()[0]), "sizes": chosen._asdict(), "left_out": missing(chosen), "series": series}
-    for name, (axis, unit, points) in plan(chosen).items():
-        if seeds_only and axis != "seeds":
-            continue
-        series[name] = {"axis": axis, "unit": unit, "points": []}
-        for one in points:
-            series[name]["points"].append(one)
-            if keep is not None:
-                keep(measured)
-    return measured
-
-
-def curves(measured: dict[str, Any]) -> dict[str, tuple[list[int], list[float]]]:
-    """What ``measure`` gives, for plotting: for each series the counts, and the medians, in the series' unit."""
-    return {
-        name: ([one["count"] for one in series["points"]], [one["median"] for one in series["points"]])
-        for name, series in measured["series"].items()
-    }
-
-
-def show(measured: dict[str, Any]) -> None:
-    """Prints what ``measure`` gives."""
-    for name, series in measured["series"].items():
-        head = (series["axis"], series["unit"], "range", "compile s", "steps", "updates", "replay MB")
-        rows = [
-            (
-                f"{one['count']:,}",
-                f"{one['median']:,.1f}",
-                f"{one['min']:,.1f}-{one['max']:,.1f}",
-                f"{one['compile_seconds']:.1f}",
-                f"{one['steps']:,}",
-                f"{one['updates']:,}",
-                f"{one['replay_bytes'] / 1e6:,.1f}",
-            )
-            for one in series["points"]
-        ]
-        report.table(f"{name}, on {measured['device']}", head, rows)
-    for name, why in measured["left_out"].items():
-        print(f"\n{name} is left out: {why}", flush=True)
+    groups = [group for group in plan(chosen) if group.axis == "seeds" or not seeds_only]
+    return series.measure(groups, {"device": str(jax.devices()[0]), "sizes": chosen._asdict(), "left_out": missing(chosen)}, keep)
 
 
 def main() -> None:
@@ -493,12 +403,8 @@ def main() -> None:
         compute_inline()
     if options.spread:
         device_per_core()
-    threads = {"inline": options.inline, "spread": options.spread}
-
-    def keep(measured: dict[str, Any]) -> None:
-        report.write(options.out, {**threads, **measured})
-
-    report.run(functools.partial(measure, keep=keep, seeds_only=options.spread), show, options.quick, options.out, **threads)
+    seeds_alone = functools.partial(measure, seeds_only=options.spread)
+    series.run(seeds_alone, options.quick, options.out, inline=options.inline, spread=options.spread)
 
 
 if __name__ == "__main__":
