@@ -46,9 +46,9 @@ SCALING = {
     "series": {
         "host loop": series("environments", "steps per second", [100.0, 300.0]),
         "compiled loop": series("seeds", "steps per second", [1_000.0, 4_000.0]),
-        "Nature updates": series("batch size", "updates per second", [30.0, 9.0]),
     }
 }
+NATURE = {"series": {"ours, float32": series("batch size", "updates per second", [30.0, 9.0])}}
 MEASURED = {
     "size": {
         "installed": {"dqn_jax": {"bytes": 655_000_000}, "torch": {"bytes": 900_000_000}, "stable_baselines3": {"bytes": 1_200_000_000}},
@@ -84,7 +84,7 @@ MEASURED = {
         },
     },
     "scaling": SCALING,
-    "nature": {"series": {}},
+    "nature": NATURE,
     "roofline": {"peaks": {}},
     "pixels": {"update_ms": {}},
     "policies": {"ppo": {}},

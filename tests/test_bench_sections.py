@@ -314,3 +314,31 @@ def test_counts_of_xla_agree_with_those_by_hand(capsys):
     untold = {"flops": None, "bytes": None, "traffic_us": None}
     roofline.show(measured | {"updates": {"2x64": update | untold}})
     assert "counted by hand" in capsys.readouterr().out
+
+
+def test_a_profile_counts_what_runs_on_streams_of_the_device():
+    def name(pid, what, text, tid=None):
+        return {"ph": "M", "pid": pid, "tid": tid, "name": what, "args": {"name": text}}
+
+    def ran(pid, tid, text, dur):
+        return {"ph": "X", "pid": pid, "tid": tid, "name": text, "dur": dur, "ts": 0}
+
+    events = [
+        *(name(1, "process_name", "/device:GPU:0"), name(1, "thread_name", "Stream #13(Compute)", 7)),
+        *(name(1, "thread_name", "XLA Ops", 8), name(2, "process_name", "/host:CPU"), name(2, "thread_name", "Stream of words", 7)),
+        *(ran(1, 7, "loop_fusion_3", 4.0), ran(1, 7, "loop_fusion_12", 2.0), ran(1, 7, "gemm", 10.0), ran(1, 7, "gemm", 10.0)),
+        *(ran(1, 8, "loop_fusion_3", 100.0), ran(2, 7, "python", 1000.0)),
+    ]
+    told = roofline.summarize_trace(events, 2)
+    assert told == {"count": 2.0, "busy_us": 13.0, "longest": {"gemm": 10.0, "loop_fusion": 3.0}}
+    assert roofline.summarize_trace([event for event in events if event["pid"] == 2], 2) is None
+
+
+def test_updates_in_a_loop_are_made():
+    shape = latency.QUICK["2x64"]
+    made = latency.make_agent(shape, 32, prioritized=False)
+    state, agent = latency.fill(made, shape), made.agent
+    before = int(state.updates)
+    told = agent._replace(update=lambda state, drawn: (agent.update(state, drawn)[0], state.updates))
+    loop = roofline.updates_in_a_loop(told, state)
+    assert [*loop(2).tolist(), *loop(3).tolist()] == [before + i for i in range(5)]

@@ -6,7 +6,7 @@ Steps per second, medians and ranges of three measurements, each with keys of it
   the warm-up. Its compilation is that of ``DQN.compile``;
 * of the compiled loop with N environments that feed one agent;
 * of the compiled loop with N seeds, an agent and an environment each, through ``dqn_jax.over_seeds``; their steps are added up. On an
-  accelerator a loop in the style of PureJaxRL takes turns with ours there, spread by the same function, and from 16 seeds on the greedy
+  accelerator a loop in the style of PureJaxRL takes turns with ours there, spread by the same function, and from 128 seeds on the greedy
   return of both is shown; on a CPU the section loops compares the two.
 
 The loops learn with the setting PLAIN of ``settings.py`` on CartPole, on MinAtar's Breakout with the preset "minatar", and make **one
@@ -46,7 +46,7 @@ from dqn_jax.types import Env
 
 REPEATS = 3
 SEED_CAPACITY = 50_000  # Transitions that a seed keeps at most.
-EVALUATED, EPISODES = 16, 20  # Seeds whose greedy return is shown, and episodes of each.
+EVALUATED, EPISODES = 128, 20  # Seeds whose greedy return is shown, and episodes of each.
 
 
 @dataclasses.dataclass(frozen=True)
