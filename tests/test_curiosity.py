@@ -225,6 +225,23 @@ def test_neither_loss_reaches_the_others_network(kind):
         assert moved(alike.target, after.target) and not moved(alike.predictor, after.predictor)
 
 
+def test_a_target_learns_from_so_many_rows_of_a_minibatch_other_ones_each_time():
+    given = []
+
+    def loss(params, now, following, key):
+        jax.debug.callback(lambda rows: given.append(rows[:, 0].tolist()), following)
+        return 0.0 * sum(map(jnp.sum, jax.tree.leaves(params))), {}
+
+    t = stream(lead=(12,))
+    for rows, expected in ((3, 3), (None, 4), (100, 4)):
+        given.clear()
+        few = TargetLearning(loss, optax.sgd(0.1), rows)
+        curiosity = distillation(TARGET, PREDICTOR, optax.sgd(0.1), learning=few, scale=1.0, epochs=2, minibatch_size=4)
+        jax.block_until_ready(jax.jit(curiosity.learn)(begin(curiosity, 1), t, jax.random.key(0)))
+        jax.effects_barrier()
+        assert [len(rows) for rows in given] == [expected] * 6 and len({*map(tuple, given)}) == 6
+
+
 @pytest.mark.parametrize("share", [0.25, 0.5])
 @pytest.mark.parametrize("mask_features", [True, False])
 def test_the_predictor_learns_from_a_share_of_the_rows_or_of_the_features(share, mask_features):

@@ -54,10 +54,12 @@ class TargetLearning(NamedTuple):
       loss: ``(params, now [B, ...], following [B, ...], key) -> (scalar, metrics)``; observations as the networks see them, and their
         successors.
       optimizer: an optax transformation.
+      rows: of a minibatch that the loss is given at most; None for all.
     """
 
     loss: Callable[..., tuple[chex.Array, Any]]
     optimizer: optax.GradientTransformation
+    rows: int | None = None
 
 
 def distillation(
@@ -210,7 +212,8 @@ def distillation(
             new = new._replace(predictor=optax.apply_updates(new.predictor, changes), predictor_opt=predictor_opt)
             if learning is None:
                 return new, {"predictor_loss": loss}
-            grads, metrics = jax.grad(learning.loss, has_aux=True)(new.target, *taken, key_target)
+            few = jax.tree.map(lambda leaf: leaf[: learning.rows], taken)  # Minibatches are drawn: so are their first rows.
+            grads, metrics = jax.grad(learning.loss, has_aux=True)(new.target, *few, key_target)
             changes, target_opt = learning.optimizer.update(grads, new.target_opt, new.target)
             new = new._replace(target=optax.apply_updates(new.target, changes), target_opt=target_opt)
             return new, {"predictor_loss": loss, **metrics}

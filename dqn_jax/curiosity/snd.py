@@ -15,8 +15,8 @@ Differs from the authors' code in:
   1. Successors are the true ones: a pair never spans the end of an episode.
   2. Every row of a rollout counts, the last one too.
   3. In PPO the stream of bonuses runs on through the ends of episodes; there it is cut at them.
-  4. SND-V draws its pairs from the whole minibatch, of 64 rows there. The parts of SND-STD are of the last convolution, of the third of
-     four there.
+  4. The ready-made SND-STD compares 64 rows of each minibatch, as ST-DIM does, and not all. Its parts are of the last convolution, of the
+     third of four there.
 """
 
 from collections.abc import Callable

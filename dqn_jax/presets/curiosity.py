@@ -17,6 +17,8 @@ from dqn_jax.options import require_int, require_number
 from dqn_jax.presets.reading import encoder_of
 from dqn_jax.types import Curiosity
 
+COMPARED = 64  # Rows that SND-V and SND-STD compare at once: the authors of SND for SND-V, those of ST-DIM for it.
+
 
 def curiosity_of(options: Any, observation_space: gymnasium.Space, **paying: Any) -> Curiosity:
     """The curiosity that options ask for.
@@ -51,6 +53,7 @@ def curiosity_of(options: Any, observation_space: gymnasium.Space, **paying: Any
     def network(*hidden: int, **more: Any) -> FeatureNetwork:
         return FeatureNetwork(num_features, hidden, convolutions, **more)
 
+    rows: int | None = COMPARED
     predictor, small = network(width, width), _within_one(observation_space)
     shallow = () if convolutions else (width,)
     target: Any = network(*shallow)
@@ -59,11 +62,11 @@ def curiosity_of(options: Any, observation_space: gymnasium.Space, **paying: Any
     if options.curiosity == "snd-v":
         loss = snd.contrastive(target.apply, snd.tiled if convolutions else snd.noisy)
     elif options.curiosity == "snd-vic":
-        loss = snd.variance(target.apply)
+        loss, rows = snd.variance(target.apply), None
     else:
         parts = network(*shallow, parts=True)
         target, loss = snd.with_classifiers(parts), snd.infomax(parts.apply)
-    learning = TargetLearning(loss, join_small(optax.adam(options.curiosity_learning_rate)))
+    learning = TargetLearning(loss, join_small(optax.adam(options.curiosity_learning_rate)), rows)
     normalized = not convolutions and not small
     return distillation(target, predictor, optimizer, learning=learning, see=see, normalize_observation=normalized, **paying)
 
