@@ -161,12 +161,13 @@ def _train_default(args: list[str]) -> Any:
 
 
 def _foreign_flag(args: list[str], command: Any) -> str | None:
-    """What to give for the first flag that is another library's, or None where there is none."""
+    """What to give for the first flag that is another library's or another algorithm's, or None where there is none."""
     names = {field.name for kind in (command, command.options) for field in dataclasses.fields(kind)}
     for flag in (arg.partition("=")[0] for arg in args if arg.startswith("--")):
         name = flag[2:].replace("-", "_")
-        hint = None if name in names else elsewhere(name, names)
-        if hint:
+        owners = [algo for algo, preset in ALGORITHMS.items() if name in {field.name for field in dataclasses.fields(preset.options)}]
+        hint = elsewhere(name, names) or (f"it is one of {' and '.join(owners)}" if owners else None)
+        if name not in names and hint:
             return f"{command.algo} has no option {flag}: {hint}"
     return None
 

@@ -303,6 +303,8 @@ REFUSED = [
     (["train", HOST, "--algo", "a2c"], "dqn"),
     (["train", "Pendulum-v1"], "use PPO (--algo ppo), or SAC (--algo sac)"),
     (["train", HOST, "--algo", "ppo", "--ent-coef", 0.01], "ppo has no option --ent-coef: did you mean entropy_coef?"),
+    (["train", HOST, "--algo", "dqn", "--curiosity-epochs", 2], "dqn has no option --curiosity-epochs: it is one of ppo"),
+    (["train", HOST, "--gae-lambda", 0.9, "--algo", "sac"], "sac has no option --gae-lambda: it is one of ppo"),
     (["train", HOST, "--num_minibatches=4", "--algo", "ppo"], "ppo has no option --num_minibatches: batch_size is the transitions in a"),
     (["train", HOST, "--algo", "ppo", "--preset", "cartpole"], "mujoco"),
     (["train", HOST, "--algo", "ppo", "--replay-start-size", 10], "--replay-start-size"),
