@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from dqn_jax.bench import compiled_loops, host_loops, libtorch, loops, peers, torch_loops
+from dqn_jax.bench import compiled_loops, host_loops, libtorch, loops, one_loop, peers, torch_loops
 from dqn_jax.bench.settings import DECK, PLAIN, epsilon_at, options
 from dqn_jax.envs import make
 from dqn_jax.presets.dqn import PRESETS, dqn_options
@@ -22,7 +22,7 @@ UPDATES = 75
 
 def updates_at_the_last_step(make_loop, setting):
     seen = []
-    env = loops.Clock(gymnasium.make("CartPole-v1"), {STEPS: lambda: seen.append(loop.updates())})
+    env = one_loop.Clock(gymnasium.make("CartPole-v1"), {STEPS: lambda: seen.append(loop.updates())})
     loop = host_loops.HostLoop(*make_loop(env, setting, STEPS, 0))
     loop.run()
     assert loop.greedy(np.zeros(4, np.float32)) in (0, 1)
@@ -82,7 +82,7 @@ def test_compiled_loops_make_the_same_updates(name):
         pytest.importorskip(loops.NEEDS[name])
     env = make("phys2d/CartPole-v1", polemass_length=0.05)
     steps = compiled_loops.compiled_steps(env, SMALL, STEPS)
-    outcome = jax.jit(loops.COMPILED[name](env, SMALL, steps))(jax.random.key(0))
+    outcome = jax.jit(one_loop.COMPILED[name](env, SMALL, steps))(jax.random.key(0))
     assert int(outcome.steps) == steps
     assert int(outcome.updates) == (steps - 100) // 4 + 1
 
@@ -213,10 +213,10 @@ def test_a_piece_of_work_names_its_setting_and_its_window():
     assert deck.setting == DECK and plain.setting == PLAIN
     assert loops.SHORT[0].setting == DECK
     assert deck.title == "host loop, the deck's setting, an update every 8 steps, steps 2,000 to 12,000"
-    late = loops.Work("host", 1, 30_000, begin=20_000)
+    late = one_loop.Work("host", 1, 30_000, begin=20_000)
     assert late in loops.FULL and late.setting == PLAIN._replace(interval=1)
     assert late.title == "host loop, the plain setting, an update every 1 steps, steps 20,000 to 30,000, after exploration"
-    assert loops.Work("compiled", 4, 20_000, 16).title.endswith("16 seeds, 20,000 steps each")
+    assert one_loop.Work("compiled", 4, 20_000, 16).title.endswith("16 seeds, 20,000 steps each")
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -224,21 +224,21 @@ def test_a_piece_of_work_names_its_setting_and_its_window():
 def test_in_the_decks_window_all_make_the_same_updates(name):
     if name in loops.NEEDS:
         pytest.importorskip(loops.NEEDS[name])
-    result = loops.measure_host(name, loops.Work("host", DECK.interval, 360, begin=200, deck=True), 0, evaluate=False)
+    result = one_loop.measure_host(name, one_loop.Work("host", DECK.interval, 360, begin=200, deck=True), 0, evaluate=False)
     assert result["updates"] == 20 and result["steps_per_second"] > 0
 
 
 def test_who_cannot_do_a_setting_is_left_out_and_said_so(capsys):
-    deck, plain = loops.Work("host", 8, 4_000, deck=True), loops.Work("host", 8, 4_000)
-    assert all(loops.able(name, plain) for name in [*loops.HOST, loops.LIBTORCH])
+    deck, plain = one_loop.Work("host", 8, 4_000, deck=True), one_loop.Work("host", 8, 4_000)
+    assert all(loops.able(name, plain) for name in [*one_loop.HOST, one_loop.LIBTORCH])
     assert capsys.readouterr().out == ""
     assert [name for name in loops.CONTENDERS if loops.able(name, deck)] == ["ours", "torch", "sb3", "pfrl", "libtorch"]
     said = capsys.readouterr().out.splitlines()
     assert [line.removeprefix(f"{deck.title}: ") for line in said] == [
         f"{name} is left out: it has no n-step returns" for name in ("cleanrl-style", "numpy-replay")
     ]
-    assert [name for name in loops.CONTENDERS if loops.able(name, loops.Work("compiled", 4, 5_000, 16))] == ["ours", "purejaxrl-style"]
-    assert not loops.able("rejax", loops.Work("compiled", 4, 5_000, deck=True))
+    assert [name for name in loops.CONTENDERS if loops.able(name, one_loop.Work("compiled", 4, 5_000, 16))] == ["ours", "purejaxrl-style"]
+    assert not loops.able("rejax", one_loop.Work("compiled", 4, 5_000, deck=True))
 
 
 @pytest.mark.parametrize(("name", "what"), [(name, what) for name, lacking in loops.LACKS.items() for what in lacking])
@@ -247,10 +247,10 @@ def test_what_a_contender_lacks_its_loop_refuses(name, what):
         pytest.importorskip(loops.NEEDS[name])
     setting = {loops.N_STEPS: SMALL._replace(n_steps=3), loops.DOUBLE: SMALL._replace(double=True)}[what]
     with pytest.raises(ValueError, match=r"one-step|Double DQN"):
-        if name in loops.HOST:
-            loops.HOST[name](gymnasium.make("CartPole-v1"), setting, STEPS, 0)
+        if name in one_loop.HOST:
+            one_loop.HOST[name](gymnasium.make("CartPole-v1"), setting, STEPS, 0)
         else:
-            loops.COMPILED[name](make("phys2d/CartPole-v1"), setting, STEPS)
+            one_loop.COMPILED[name](make("phys2d/CartPole-v1"), setting, STEPS)
 
 
 def test_contenders_are_chosen_by_name(monkeypatch, capsys):
@@ -276,21 +276,21 @@ def test_every_other_round_goes_backwards_and_who_fails_is_left_out(monkeypatch)
 
     monkeypatch.setattr(loops, "apart", apart)
     names = ["ours, inline", "ours", "torch"]
-    found = loops.measure(loops.Work("host", 4, 4_000), names, 3, 9_000, {})
+    found = loops.measure(one_loop.Work("host", 4, 4_000), names, 3, 9_000, {})
     assert asked == [*names, *names[::-1], *names[:2], "ours, inline"]  # The last one shows that it learns.
     assert found["failed"] == {"torch": "torch failed on its second run"}
     assert [line["contender"] for line in found["summary"]] == names[:2] and len(found["measurements"]) == 6
     with pytest.raises(RuntimeError, match="nobody could do it\ntorch failed"):
-        loops.measure(loops.Work("host", 4, 4_000), ["torch"], 1, 9_000, {})
+        loops.measure(one_loop.Work("host", 4, 4_000), ["torch"], 1, 9_000, {})
 
 
 def test_ways_to_compute_are_told_by_the_names():
-    one, many = loops.Work("compiled", 4, 5_000), loops.Work("compiled", 4, 5_000, 16)
+    one, many = one_loop.Work("compiled", 4, 5_000), one_loop.Work("compiled", 4, 5_000, 16)
     assert loops.in_each_way(["ours", "torch"], one, is_cpu=True) == ["ours, inline", "ours", "torch"]
     assert loops.in_each_way(["ours"], many, is_cpu=True) == ["ours, a device per core", "ours, inline", "ours"]
     assert loops.in_each_way(["ours"], many, is_cpu=False) == ["ours"]
     names = loops.in_each_way(["ours", "cleanrl-style"], many, is_cpu=True)
-    assert [loops.without_way(name) for name in names] == [(who, way) for who in ("ours", "cleanrl-style") for way in loops.SET_UP]
+    assert [one_loop.without_way(name) for name in names] == [(who, way) for who in ("ours", "cleanrl-style") for way in one_loop.SET_UP]
 
 
 def test_windows_of_one_setting_share_the_learning_runs(monkeypatch):
@@ -303,7 +303,7 @@ def test_windows_of_one_setting_share_the_learning_runs(monkeypatch):
     monkeypatch.setattr(loops, "apart", apart)
     learnt = {}
     names = ["ours, inline", "ours", "torch"]
-    early, late = loops.Work("host", 4, 4_000), loops.Work("host", 4, 6_000, begin=5_000)
+    early, late = one_loop.Work("host", 4, 4_000), one_loop.Work("host", 4, 6_000, begin=5_000)
     first = loops.measure(early, names, 1, 9_000, learnt)
     assert asked == [(name, 4_000, False) for name in names] + [("ours, inline", 9_000, True), ("torch", 9_000, True)]
     asked.clear()

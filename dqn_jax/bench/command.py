@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dqn_jax.bench import machine, pictures, report
-from dqn_jax.bench.loops import INLINE, SPREAD
+from dqn_jax.bench.one_loop import INLINE, SPREAD
 
 SECTIONS = ("size", "memory", "loops", "latency", "scaling", "nature", "roofline", "pixels", "policies", "curiosity")
 # In which other ways sections run where JAX computes on the CPU; loops measures all ways by itself.
@@ -30,6 +30,7 @@ WAYS = {
     "policies": {INLINE: "--inline", SPREAD: "--spread"},
     "curiosity": {INLINE: "--inline"},
 }
+PATIENCE = 10.0  # Seconds in which an interrupted section should have ended.
 CHANGED = 1.2  # From this ratio on, either way, a headline counts as changed.
 
 # The rows of the table beside the deck: what is installed for it, and its name in the sections memory and loops.
@@ -166,10 +167,18 @@ def run_section(words: list[str], out: Path) -> str:
                 print(line, end="", file=sys.stderr, flush=True)
                 said = line.strip() or said
         except KeyboardInterrupt:
-            process.send_signal(signal.SIGINT)  # The terminal tells it, too; whoever interrupts this process alone does not.
-            process.communicate()
+            _interrupt(process)
             raise
     return f"exit status {process.returncode}: {said}" if process.returncode else ""
+
+
+def _interrupt(process: subprocess.Popen) -> None:
+    """Has a section end as by Ctrl-C, and waits for it. The terminal tells it, too; whoever interrupts this process alone does not."""
+    while True:
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # An import may swallow an interrupt: it is told again.
+            process.communicate(timeout=PATIENCE)
+            return
 
 
 def _write(path: Path, results: dict[str, Any]) -> None:
