@@ -106,7 +106,9 @@ class Bench:
     scaling: steps per second of many at once.
     nature: updates of Nature's network by batch size, beside PyTorch.
     roofline: an update against what the device could do.
-    pixels: updates of convolutional networks."""
+    pixels: updates of convolutional networks.
+    policies: PPO's compiled loop and SAC's update, beside others'.
+    curiosity: what it adds to PPO's compiled loop."""
     quick: bool = False
     """A little of everything, to see that it runs: these numbers are no result."""
     repeats: int | None = None

@@ -399,6 +399,23 @@ def test_an_unknown_contender_is_named_in_one_line(monkeypatch):
 # For real.
 
 
+def test_a_section_that_swallows_an_interrupt_is_told_again(monkeypatch):
+    monkeypatch.setattr(command, "PATIENCE", 0.2)
+    deaf_once = """
+import time
+try:
+    print("begun", flush=True)
+    time.sleep(60)
+except KeyboardInterrupt:
+    time.sleep(60)
+"""
+    heeding = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    with subprocess.Popen([sys.executable, "-c", heeding + deaf_once], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as deaf:
+        assert deaf.stdout.readline() == "begun\n"
+        command._interrupt(deaf)
+    assert deaf.returncode == -signal.SIGINT
+
+
 def test_a_real_section(tmp_path):
     words = ["--sections", "size", "--quick", "--json", "--folder", str(tmp_path)]
     done = subprocess.run([sys.executable, "-m", "dqn_jax.cli", "bench", *words], capture_output=True, text=True)

@@ -166,9 +166,9 @@ def drive(agent, env, num_envs, key_reset, key_env, until):
 
 
 def assert_same_state(host, compiled):
-    """Replay, key and counters bit for bit; what was learnt, priorities included, to a tight tolerance: XLA may fuse otherwise."""
+    """Replay, key and counters bit for bit; what was learnt bit for bit too, or, where XLA fuses otherwise, to a tight tolerance."""
     both = host.memory, compiled.memory
-    if isinstance(host.memory, Prioritized):
+    if isinstance(host.memory, Prioritized) and jax.__version_info__ >= (0, 11):  # Priorities are learnt: see FUSED_OTHERWISE.
         np.testing.assert_allclose(host.memory.tree, compiled.memory.tree, rtol=1e-5)
         both = tuple(memory._replace(tree=()) for memory in both)
     assert dqn_jax.digest(both[0]) == dqn_jax.digest(both[1])

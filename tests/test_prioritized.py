@@ -106,7 +106,8 @@ def test_random_operations_equal_the_slow_model(capacity, num_envs, n_steps, alp
         assert [number_in[slot] for slot in slots.tolist()] == batch.transition.observation["count"].tolist()
         exponent = beta(model.rows * num_envs) if callable(beta) else beta
         np.testing.assert_allclose(batch.weight, model.weights(slots, exponent), rtol=1e-5)
-        np.testing.assert_allclose(batch.weight.max(), 1, rtol=1e-6)
+        # An accelerator's power function rounds otherwise.
+        np.testing.assert_allclose(batch.weight.max(), 1, rtol=0 if jax.default_backend() == "cpu" else 1e-6)
         if random.random() < 0.7:
             # Rows of one batch that are the same have the same error.
             error = (10.0 ** random.uniform(-4, 1.5, capacity))[slots].astype(np.float32) * (random.random() < 0.9)

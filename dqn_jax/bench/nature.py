@@ -7,7 +7,7 @@ the target network a little. No environment is stepped. Medians and ranges of th
 
 * ours, inside a compiled loop, computed in float32 and in bfloat16; random numbers are drawn before;
 * PyTorch's, where it is installed and finds the device on which JAX computes: called from Python, in both types (``torch.autocast`` and
-  channels last), and, on CUDA, captured once and replayed as a CUDA graph, the fastest setting known here.
+  channels last), and, on CUDA, captured once and replayed as a CUDA graph. ``torch.compile`` was not tried.
 
 float32 is that of JAX's default precision: on an accelerator products may be taken in a shorter type, TensorFloat-32 on NVIDIA's. PyTorch
 is told to do the same.
@@ -37,8 +37,8 @@ from dqn_jax.types import Agent, AgentState, Transition
 REPEATS = 3
 FILLERS = 50  # Environments that fill a replay together, so that a large one is full soon.
 DTYPES = {"float32": None, "bfloat16": jnp.bfloat16}  # None: as parameters and images are.
-OPTIONS = DQNOptions(n_steps=1)
-TAU = 0.005  # The option's own value, where no interval is given.
+TAU = 0.005
+OPTIONS = DQNOptions(n_steps=1, tau=TAU)  # Of both sides.
 WARM = 3  # Updates of PyTorch's before it is measured.
 
 
@@ -165,6 +165,7 @@ def convolutional_agent(shape: Shape, dtype: str, batch_size: int) -> Agent:
         frames="stack_last",
         replay_start_size=batch_size,
         n_steps=OPTIONS.n_steps,
+        tau=OPTIONS.tau,
     )
 
 
@@ -260,7 +261,7 @@ class TorchLearner:
         self.learn(*self.replay.sample(self.batch_size))
 
     def learn(self, frames: Any, action: Any, reward: Any, following: Any) -> Any:
-        """One update on this batch; gives the loss."""
+        """One update on a batch as ``TorchReplay.sample`` gives it; returns the loss, a scalar tensor."""
         import torch
         from torch import nn
 
@@ -387,6 +388,10 @@ def main() -> None:
     options = report.options(Options, __doc__)
     if options.inline:
         compute_inline()
+        if importlib.util.find_spec("torch"):
+            import torch
+
+            torch.set_num_threads(1)
     series.run(measure, options.quick, options.out, inline=options.inline)
 
 

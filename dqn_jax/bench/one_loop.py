@@ -18,6 +18,7 @@ from dqn_jax.bench import compiled_loops, host_loops, libtorch, machine, peers, 
 from dqn_jax.bench.settings import DECK, PLAIN, Setting
 from dqn_jax.envs import make
 from dqn_jax.programs import compute_inline, device_per_core
+from dqn_jax.runs import play_greedily
 from dqn_jax.seeds import over_seeds
 
 HOST_BEGIN = 2_000
@@ -122,18 +123,10 @@ def measure_host(name: str, work: Work, seed: int, evaluate: bool) -> dict[str, 
     loop.run()
     result = machine.timing(seen["begin"], seen["end"], work.steps - work.begin) | {"updates": seen["updates"]}
     if evaluate:
-        result["returns"] = [_play(loop.greedy, 10_000 + episode) for episode in range(EVALUATION_EPISODES)]
+        result["returns"] = [
+            play_greedily(loop.greedy, gymnasium.make("CartPole-v1"), 10_000 + episode) for episode in range(EVALUATION_EPISODES)
+        ]
     return result
-
-
-def _play(greedy: Any, seed: int) -> float:
-    env = gymnasium.make("CartPole-v1")
-    observation, _ = env.reset(seed=seed)
-    total, ended = 0.0, False
-    while not ended:
-        observation, reward, terminated, truncated, _ = env.step(greedy(observation))
-        total, ended = total + float(reward), terminated or truncated
-    return total
 
 
 def measure_compiled(name: str, work: Work, seed: int) -> dict[str, Any]:

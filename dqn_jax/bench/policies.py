@@ -25,6 +25,7 @@ from dqn_jax.bench import peers, policy_loops, report
 from dqn_jax.envs import make
 from dqn_jax.presets.sac import SAC
 from dqn_jax.programs import compute_inline, device_per_core
+from dqn_jax.runs import play_greedily
 from dqn_jax.seeds import over_seeds, sharding
 from dqn_jax.types import AgentState
 
@@ -234,7 +235,9 @@ def measure_sac(repeats: int, torch_threads: int, quick: bool) -> dict[str, Any]
         result[name] = {"update_ms": report.spread(milliseconds[name]), "updates": made[name], "learn_steps": learn_steps}
         result[name]["ratio"] = report.spread([b / a for a, b in zip(milliseconds["ours"], milliseconds[name], strict=True)])
         choose = contender.learn(learn_steps, 0)
-        result[name]["return"] = float(np.mean([_episode(choose, 100 + episode) for episode in range(episodes)]))
+        result[name]["return"] = float(
+            np.mean([play_greedily(choose, gymnasium.make("Pendulum-v1"), 100 + episode) for episode in range(episodes)])
+        )
     rows = []
     for name, one in result.items():
         ratio = report.ranged(one["ratio"], ".2f") if name != "ours" else "1"
@@ -245,16 +248,6 @@ def measure_sac(repeats: int, torch_threads: int, quick: bool) -> dict[str, Any]
     )
     report.table(title, ("", "update, ms", "return", "ours, times as fast"), rows)
     return result
-
-
-def _episode(choose: Callable[[Any], Any], seed: int) -> float:
-    env = gymnasium.make("Pendulum-v1")
-    observation, _ = env.reset(seed=seed)
-    total, ended = 0.0, False
-    while not ended:
-        observation, reward, terminated, truncated, _ = env.step(choose(observation))
-        total, ended = total + float(reward), terminated or truncated
-    return total
 
 
 def main() -> None:

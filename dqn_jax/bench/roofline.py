@@ -132,7 +132,7 @@ def measure_update(shape: Shape, batch_size: int, calls: int, budget: float) -> 
     """
     agent = make_agent(shape, batch_size, prioritized=False)
     timed = time_in_turns([Contender(bare_update(agent, fill(agent, shape)), ("update",))], calls, budget)
-    loop, number = updates_in_a_loop(agent.agent, fill(agent, shape)), LOOPED if calls == CALLS else 2
+    loop, number = updates_in_a_loop(agent.agent, fill(agent, shape)), min(LOOPED, calls)
     looped = {"looped_us": 1e6 * best_seconds(lambda: loop(number), 3) / number, "kernels": kernels(lambda: loop(number), number)}
     return {"update_us": timed["update"], **looped, "flops_by_hand": update_flops(shape, batch_size), **counts_by_xla(shape, batch_size)}
 

@@ -35,6 +35,7 @@ import numpy as np
 
 from dqn_jax import footprint, spaces
 from dqn_jax.bench import compiled_loops, report, series
+from dqn_jax.bench.compiled_loops import Outcome
 from dqn_jax.bench.series import Contender, Done, Group
 from dqn_jax.bench.settings import PLAIN, Setting, options
 from dqn_jax.envs import make, true_successors
@@ -42,7 +43,7 @@ from dqn_jax.presets.dqn import DQN, PRESETS, dqn
 from dqn_jax.programs import compute_inline, device_per_core
 from dqn_jax.seeds import num_in_one_memory, over_seeds
 from dqn_jax.training import train
-from dqn_jax.types import Env
+from dqn_jax.types import Agent, Env
 
 REPEATS = 3
 SEED_CAPACITY = 50_000  # Transitions that a seed keeps at most.
@@ -196,41 +197,14 @@ def _make(rows: Iterator[None], number: int) -> None:
 # The compiled loop.
 
 
-class Learnt(NamedTuple):
-    """What a compiled run gives back, of one seed or, with a leading axis, of many.
-
-    Attributes:
-      steps: transitions stored.
-      updates: made.
-      params: of the greedy policy.
-      rest: whatever else the loop has to give, so that it is computed.
-    """
-
-    steps: Any
-    updates: Any
-    params: Any
-    rest: Any
-
-
-def ours(agent: Any, env: Env, steps: int, num_envs: int = 1) -> Callable[[Any], Learnt]:
-    """This package's compiled loop, from a key. ``rest`` is the state and the history."""
+def ours(agent: Agent, env: Env, steps: int, num_envs: int = 1) -> Callable[[Any], Outcome]:
+    """This package's compiled loop, from a key. The outcome's history holds the replay, too, so that it is computed to the end."""
     # With many points of history the few cycles between two would draw their random numbers in small pieces.
     training = train(agent, env, num_steps=steps, num_envs=num_envs, history_length=1)
 
-    def run(key: Any) -> Learnt:
+    def run(key: Any) -> Outcome:
         result = training.run(key)
-        return Learnt(result.state.step, result.state.updates, result.state.learner.params, result)
-
-    return run
-
-
-def purejaxrl_style(env: Env, setting: Setting, steps: int) -> Callable[[Any], Learnt]:
-    """The loop of that name in ``compiled_loops.py``."""
-    loop = compiled_loops.purejaxrl_style(env, setting, steps)
-
-    def run(key: Any) -> Learnt:
-        outcome = loop(key)
-        return Learnt(outcome.steps, outcome.updates, outcome.params, outcome.history)
+        return Outcome(result.state.learner.params, result.state.updates, result.state.step, result)
 
     return run
 
@@ -284,23 +258,24 @@ def seeds(name: str, count: int, steps: int, repeats: int, with_peer: bool) -> d
     agent = dqn(env, **game.options | {"capacity": capacity})
     steps = train(agent, env, num_steps=steps, history_length=1).num_steps
     replay_bytes = count * _replay_bytes(agent, env, 1, num_in_one_memory(count))
-    loops = {f"compiled loop, seeds, {name}": ours(agent, env, steps)}
+    first = f"compiled loop, seeds, {name}"
+    loops = {first: ours(agent, env, steps)}
     if with_peer and game.setting:
-        loops[f"compiled loop, seeds, {name}, PureJaxRL style"] = purejaxrl_style(env, game.setting._replace(capacity=capacity), steps)
+        loops[f"{first}, PureJaxRL style"] = compiled_loops.purejaxrl_style(env, game.setting._replace(capacity=capacity), steps)
     keys = [jax.random.split(jax.random.key(seed), count) for seed in range(repeats)]
     evaluate = _evaluation(env, game.setting) if game.setting and with_peer and count >= EVALUATED else None
     contenders = {}
     for title, run in loops.items():
-        # One lane would be slower than none.
-        contenders[title] = compiled(over_seeds(run) if count > 1 else _alone(run), keys, replay_bytes, evaluate)
+        known = replay_bytes if title == first else None  # The peer does not hand out its replay.
+        contenders[title] = compiled(over_seeds(run) if count > 1 else _alone(run), keys, known, evaluate)
     return series.in_turns(count, contenders, repeats)
 
 
-def _alone(run: Callable[[Any], Learnt]) -> Callable[[Any], Learnt]:
-    return lambda keys: run(keys[0])
+def _alone(run: Callable[[Any], Outcome]) -> Callable[[Any], Outcome]:
+    return lambda keys: run(keys[0])  # One lane would be slower than none.
 
 
-def _replay_bytes(agent: Any, env: Env, num_envs: int, copies: int = 1) -> int:
+def _replay_bytes(agent: Agent, env: Env, num_envs: int, copies: int = 1) -> int:
     """The bytes of one replay; MemoryError if so many of them are larger than the device's memory."""
     _, observation = jax.eval_shape(jax.vmap(env.reset), jax.random.split(jax.random.key(0), num_envs))
     state = jax.eval_shape(agent.init, jax.random.key(0), observation)
@@ -319,7 +294,9 @@ def _evaluation(env: Env, setting: Setting) -> Callable[[Any], float]:
     return lambda params: float(np.mean(returns(jax.tree.map(lambda leaf: np.asarray(leaf[:EVALUATED]), params))))
 
 
-def compiled(run: Callable[[Any], Learnt], keys: list[Any], replay_bytes: int, evaluate: Callable[[Any], float] | None = None) -> Contender:
+def compiled(
+    run: Callable[[Any], Outcome], keys: list[Any], replay_bytes: int | None, evaluate: Callable[[Any], float] | None = None
+) -> Contender:
     """A compiled loop, for the keys of one measurement after the other; ``evaluate`` gives the return of what the last one has learnt."""
     begin = time.perf_counter()
     program = jax.jit(run).lower(keys[0]).compile()
@@ -328,10 +305,10 @@ def compiled(run: Callable[[Any], Learnt], keys: list[Any], replay_bytes: int, e
 
     def measure(number: int) -> Done:
         begin = time.perf_counter()
-        learnt = jax.block_until_ready(program(keys[number]))
+        outcome = jax.block_until_ready(program(keys[number]))
         seconds = time.perf_counter() - begin
-        last[:] = [learnt.params]  # And not its replay, which would stay while the next one is made.
-        return Done(int(np.sum(learnt.steps)), int(np.sum(learnt.updates)), seconds)
+        last[:] = [outcome.params]  # And not its replay, which would stay while the next one is made.
+        return Done(int(np.sum(outcome.steps)), int(np.sum(outcome.updates)), seconds)
 
     return Contender(measure, compile_seconds, replay_bytes, () if evaluate is None else lambda: evaluate(last[0]))
 

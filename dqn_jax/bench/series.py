@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from dqn_jax.bench import report
@@ -29,13 +30,13 @@ class Contender(NamedTuple):
     Attributes:
       measure: one measurement, from its number.
       compile_seconds: what compilation took.
-      replay_bytes: of all replays together.
+      replay_bytes: of all replays together, None where that is not told.
       returns: the mean greedy return of what the last measurement has learnt, or () where nobody asks.
     """
 
     measure: Callable[[int], Done]
     compile_seconds: float
-    replay_bytes: int
+    replay_bytes: int | None
     returns: Callable[[], float] | tuple[()] = ()
 
 
@@ -133,7 +134,7 @@ def show(measured: dict[str, Any]) -> None:
                 f"{one['compile_seconds']:.1f}",
                 f"{one['steps']:,}",
                 f"{one['updates']:,}",
-                f"{one['replay_bytes'] / 1e6:,.1f}",
+                "-" if one["replay_bytes"] is None else f"{one['replay_bytes'] / 1e6:,.1f}",
                 f"{one['return']:,.1f}" if "return" in one else "-",
                 f"{report.ranged(one['ratio'], '.2f')} times as fast" if "ratio" in one else "-",
             )
@@ -144,7 +145,7 @@ def show(measured: dict[str, Any]) -> None:
         print(f"\n{name} is left out: {why}", flush=True)
 
 
-def run(measure: Callable[..., dict[str, Any]], quick: bool, out: Any, **beside: Any) -> None:
+def run(measure: Callable[..., dict[str, Any]], quick: bool, out: Path | None, **beside: Any) -> None:
     """What the command of a section of series does: as ``report.run``, but the file is written after each count.
 
     Args:
@@ -157,5 +158,5 @@ def run(measure: Callable[..., dict[str, Any]], quick: bool, out: Any, **beside:
     report.run(lambda quick: measure(quick=quick, keep=keep), show, quick, out, **beside)
 
 
-def _keep(out: Any, beside: dict[str, Any], measured: dict[str, Any]) -> None:
+def _keep(out: Path | None, beside: dict[str, Any], measured: dict[str, Any]) -> None:
     report.write(out, {**beside, **measured})
