@@ -38,3 +38,9 @@ def join_small(optimizer: optax.GradientTransformation) -> optax.GradientTransfo
         return fitting(updates).update(updates, state, params)
 
     return optax.GradientTransformation(init, update)
+
+
+def clipped(optimizer: optax.GradientTransformation, max_norm: float | None) -> optax.GradientTransformation:
+    """The optimizer behind a bound on the gradient's global norm, or none, on joined parameters where there are few (``join_small``)."""
+    clip = optax.identity() if max_norm is None else optax.clip_by_global_norm(max_norm)
+    return join_small(optax.chain(clip, optimizer))

@@ -5,17 +5,16 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal
 
-import gymnasium
 import jax
 import optax
 
-from dqn_jax import networks, spaces
+from dqn_jax import spaces
 from dqn_jax.agent import assemble
 from dqn_jax.algorithms.dqn import dqn as dqn_algorithm
 from dqn_jax.curiosity.curious import curious
 from dqn_jax.memory.frames import require_succession
 from dqn_jax.online import OnlineAgent
-from dqn_jax.optimizers import join_small
+from dqn_jax.optimizers import clipped
 from dqn_jax.options import (
     named,
     require_functions,
@@ -27,7 +26,7 @@ from dqn_jax.options import (
     schedule,
 )
 from dqn_jax.presets.curiosity import curiosity_of, require_curiosity, require_single_steps
-from dqn_jax.presets.reading import encoder_of, read_env, read_spaces, require_mask
+from dqn_jax.presets.reading import q_network, read_env, read_spaces, require_mask
 from dqn_jax.presets.replay import STACK_AXIS, replay_of, storage_of
 from dqn_jax.types import Agent, AgentState
 
@@ -197,10 +196,9 @@ def dqn(env_or_spaces: Any, *, network: Any = None, optimizer: optax.GradientTra
     require_functions("optimizer", optimizer, ("init", "update"))
     storage = storage_of(o, observation_space)
     if network is None:
-        network = _network(o, observation_space, num_actions)
+        network = q_network(o, observation_space, num_actions)
     if optimizer is None:
-        clip = optax.identity() if o.max_grad_norm is None else optax.clip_by_global_norm(o.max_grad_norm)
-        optimizer = join_small(optax.chain(clip, optax.adam(o.learning_rate)))
+        optimizer = clipped(optax.adam(o.learning_rate), o.max_grad_norm)
     tau, target_update_interval = o.tau, o.target_update_interval
     if tau is None:
         tau = 0.005 if target_update_interval is None else 1.0
@@ -291,12 +289,3 @@ class DQN(OnlineAgent):
         """As ``OnlineAgent.get_statistics``, and ``epsilon`` of the next decision."""
         statistics = super().get_statistics()
         return {**statistics, "epsilon": float(self._epsilon(statistics["t"]))}
-
-
-def _network(options: DQNOptions, observation_space: gymnasium.Space, num_actions: int) -> networks.QNetwork | networks.ConvQNetwork:
-    hidden = options.hidden
-    encoder, channels_first = encoder_of(options.encoder, observation_space, options.frames)
-    if encoder == "flat":
-        return networks.QNetwork(num_actions, tuple(hidden or (64, 64)), spaces.features(observation_space))
-    convolutions, default = (networks.NATURE, (512,)) if encoder == "nature" else (networks.MINATAR, (128,))
-    return networks.ConvQNetwork(num_actions, convolutions, tuple(hidden or default), spaces.image(observation_space, channels_first))

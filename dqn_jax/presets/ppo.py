@@ -19,7 +19,7 @@ from dqn_jax.curiosity.curious import curious
 from dqn_jax.distributions import Distribution
 from dqn_jax.memory.rollout import rollout
 from dqn_jax.online import OnlineAgent
-from dqn_jax.optimizers import join_small
+from dqn_jax.optimizers import clipped
 from dqn_jax.options import named, require_functions, require_int, require_number, require_rate, require_widths, schedule
 from dqn_jax.presets.curiosity import curiosity_of, require_curiosity
 from dqn_jax.presets.reading import encoder_of, read_env, read_spaces, require_mask
@@ -246,9 +246,8 @@ def ppo(env_or_spaces: Any, *, network: Any = None, optimizer: optax.GradientTra
     if network is None:
         network = _network(o, observation_space, distribution.num_outputs - num_free, num_free)
     if optimizer is None:
-        clip = optax.identity() if o.max_grad_norm is None else optax.clip_by_global_norm(o.max_grad_norm)
         rate = schedule(o.learning_rate)
-        optimizer = join_small(optax.chain(clip, optax.adam(lambda count: rate(count * (o.batch_size / o.epochs)), eps=1e-5)))
+        optimizer = clipped(optax.adam(lambda count: rate(count * (o.batch_size / o.epochs)), eps=1e-5), o.max_grad_norm)
     is_curious = o.curiosity != "off"
     algorithm = ppo_algorithm(
         network,

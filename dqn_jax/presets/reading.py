@@ -4,7 +4,7 @@ from typing import Any
 
 import gymnasium
 
-from dqn_jax import spaces
+from dqn_jax import networks, spaces
 from dqn_jax.options import require_int
 from dqn_jax.types import Env, Masked
 
@@ -88,3 +88,22 @@ def encoder_of(encoder: str, observation_space: gymnasium.Space, frames: str = "
         return "flat", channels_first
     side = min(shape[1:] if len(shape) == 3 and channels_first else shape[:2])
     return "nature" if side >= NATURE_SIDE else "minatar" if side >= 3 else "flat", channels_first
+
+
+def q_network(
+    options: Any, observation_space: gymnasium.Space, num_actions: int, flat: tuple[int, ...] = (64, 64)
+) -> networks.QNetwork | networks.ConvQNetwork:
+    """The network that gives one value per action, by the options ``encoder``, ``hidden`` and, where there is one, ``frames``.
+
+    Args:
+      options: an agent's.
+      observation_space: of one environment.
+      num_actions: A.
+      flat: widths of the hidden layers for vectors, unless the options give some.
+    """
+    hidden = options.hidden
+    encoder, channels_first = encoder_of(options.encoder, observation_space, getattr(options, "frames", "off"))
+    if encoder == "flat":
+        return networks.QNetwork(num_actions, tuple(hidden or flat), spaces.features(observation_space))
+    convolutions, default = (networks.NATURE, (512,)) if encoder == "nature" else (networks.MINATAR, (128,))
+    return networks.ConvQNetwork(num_actions, convolutions, tuple(hidden or default), spaces.image(observation_space, channels_first))

@@ -1,6 +1,7 @@
 """SAC, ready made: its options, named sets of them, the pure agent and the one that a loop calls."""
 
 import dataclasses
+import functools
 import math
 from typing import Any, Literal
 
@@ -16,10 +17,10 @@ from dqn_jax.algorithms.sac import sac as sac_algorithm
 from dqn_jax.curiosity.curious import curious
 from dqn_jax.memory.ring import ring
 from dqn_jax.online import OnlineAgent
-from dqn_jax.optimizers import join_small
+from dqn_jax.optimizers import clipped
 from dqn_jax.options import named, require_functions, require_number, require_replay, require_widths
 from dqn_jax.presets.curiosity import curiosity_of, require_curiosity, require_single_steps
-from dqn_jax.presets.reading import encoder_of, read_env, read_spaces, require_mask
+from dqn_jax.presets.reading import encoder_of, q_network, read_env, read_spaces, require_mask
 from dqn_jax.presets.replay import replay_of
 from dqn_jax.types import Agent, AgentState
 
@@ -160,7 +161,8 @@ def sac(env_or_spaces: Any, *, actor: Any = None, critic: Any = None, optimizers
     optimizers = _optimizers(o) if optimizers is None else optimizers
     if isinstance(action_space, gymnasium.spaces.Discrete):
         num_actions = int(action_space.n)
-        actor, critic = (_numbered(o, observation_space, num_actions) if given is None else given for given in (actor, critic))
+        wide = functools.partial(q_network, o, observation_space, num_actions, (256, 256))
+        actor, critic = (wide() if given is None else given for given in (actor, critic))
         algorithm = discrete_sac(actor, critic, optimizers, num_actions=num_actions, **shared)
     else:
         assert isinstance(action_space, gymnasium.spaces.Box)
@@ -198,15 +200,6 @@ def require_actions(action_space: gymnasium.Space) -> None:
         raise ValueError(f"every number of an action needs a low bound below its high bound, got {action_space}")
 
 
-def _numbered(options: SACOptions, observation_space: gymnasium.Space, num_actions: int) -> networks.QNetwork | networks.ConvQNetwork:
-    encoder, channels_first = encoder_of(options.encoder, observation_space)
-    if encoder == "flat":
-        return networks.QNetwork(num_actions, tuple(options.hidden or (256, 256)), spaces.features(observation_space))
-    convolutions, default = (networks.NATURE, (512,)) if encoder == "nature" else (networks.MINATAR, (128,))
-    image = spaces.image(observation_space, channels_first)
-    return networks.ConvQNetwork(num_actions, convolutions, tuple(options.hidden or default), image)
-
-
 def _vectors(options: SACOptions, observation_space: gymnasium.Space, needed: bool) -> Any:
     if needed and encoder_of(options.encoder, observation_space)[0] != "flat":
         raise NotImplementedError(
@@ -218,8 +211,7 @@ def _vectors(options: SACOptions, observation_space: gymnasium.Space, needed: bo
 
 def _optimizers(options: SACOptions) -> Optimizers:
     def adam(rate: Any) -> optax.GradientTransformation:
-        clip = optax.identity() if options.max_grad_norm is None else optax.clip_by_global_norm(options.max_grad_norm)
-        return join_small(optax.chain(clip, optax.adam(rate)))
+        return clipped(optax.adam(rate), options.max_grad_norm)
 
     critic = options.learning_rate if options.critic_learning_rate is None else options.critic_learning_rate
     return Optimizers(adam(options.learning_rate), adam(critic), adam(options.learning_rate))
