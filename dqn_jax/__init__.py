@@ -7,7 +7,8 @@ from dqn_jax.algorithms.sac import SACState
 from dqn_jax.checkpoint import CheckpointError, digest
 from dqn_jax.envs import from_func_env, from_gymnax, from_pgx, make, true_successors
 from dqn_jax.online import OnlineAgent
-from dqn_jax.presets.dqn import DQN, PRESETS, DQNOptions, dqn
+from dqn_jax.presets.dqn import DQN, DQNOptions, dqn
+from dqn_jax.presets.dqn_sets import C51_PRESETS, IQN_PRESETS, PRESETS, QRDQN_PRESETS, RAINBOW_PRESETS
 from dqn_jax.presets.ppo import PPO, PPO_PRESETS, PPOOptions, ppo
 from dqn_jax.presets.sac import SAC, SAC_PRESETS, SACOptions, sac
 from dqn_jax.programs import compute_inline, device_per_core
@@ -61,6 +62,10 @@ __all__ = [
     "OnlineAgent",
     "DQNOptions",
     "PRESETS",
+    "C51_PRESETS",
+    "QRDQN_PRESETS",
+    "IQN_PRESETS",
+    "RAINBOW_PRESETS",
     "dqn",
     "DQN",
     "PPOOptions",

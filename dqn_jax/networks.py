@@ -153,13 +153,13 @@ class ConvQNetwork(nn.Module):
           ValueError: if a kernel does not fit the image that reaches it.
         """
         image = self.image(observation)  # [B, H, W, C]
-        x = flatten(_convolve([Conv(*each, self.dtype) for each in self.convolutions], image))  # [B, F]
+        x = flatten(convolve([Conv(*each, self.dtype) for each in self.convolutions], image))  # [B, F]
         for features in self.hidden:
             x = nn.relu(nn.Dense(features, dtype=self.dtype)(x))
         return nn.Dense(self.num_actions, dtype=self.dtype)(x).astype(jnp.float32)  # [B, A]
 
 
-def _convolve(layers: Sequence[Conv], image: chex.Array, activation: Callable[[chex.Array], chex.Array] = nn.relu) -> chex.Array:
+def convolve(layers: Sequence[Conv], image: chex.Array, activation: Callable[[chex.Array], chex.Array] = nn.relu) -> chex.Array:
     """Images ``[B, H, W, C]`` through convolutions, each with its activation, to others; ValueError if a kernel does not fit."""
     x = image
     for i, layer in enumerate(layers):
@@ -248,7 +248,7 @@ class ActorCritic(nn.Module):
 
     def _hidden(self, x: chex.Array) -> chex.Array:
         if self.convolutions:
-            x = _convolve([Conv(*each, self.dtype, orthogonal(SQRT2)) for each in self.convolutions], x)
+            x = convolve([Conv(*each, self.dtype, orthogonal(SQRT2)) for each in self.convolutions], x)
             x = x.reshape(x.shape[0], -1)  # [B, F]
         for width in self.hidden:
             x = self.activation(self._dense(width, SQRT2)(x))
@@ -282,7 +282,7 @@ class FeatureNetwork(nn.Module):
         """The features ``[B, K]`` of vectors ``[B, F]`` or images ``[B, H, W, C]``, floats; with ``parts`` also, ``[B, L, C]``, the places
         of the last convolution's output, or the last hidden layer of a vector as a single part.
         """
-        parts = x = _convolve([Conv(*each, kernel_init=orthogonal(self.scale)) for each in self.convolutions], x, self.activation)
+        parts = x = convolve([Conv(*each, kernel_init=orthogonal(self.scale)) for each in self.convolutions], x, self.activation)
         x = x.reshape(x.shape[0], -1)
         for width in self.hidden:
             x = self.activation(nn.Dense(width, kernel_init=orthogonal(self.scale))(x))

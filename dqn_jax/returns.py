@@ -39,49 +39,6 @@ def n_step(reward: chex.Array, discount: chex.Array, last: chex.Array) -> tuple[
     return jnp.sum(jnp.where(ended_before, 0.0, before * reward)), travelled[-1]
 
 
-def q_learning(q: chex.Array, action: chex.Array, reward: chex.Array, discount: chex.Array, q_next: chex.Array) -> chex.Array:
-    r"""TD error of Q-learning: :math:`r + d \max_a q'(a) - q(a)`. Watkins and Dayan, "Q-learning" (1992).
-
-    Args:
-      q: ``[A]`` values of the observation.
-      action: scalar integer.
-      reward: scalar.
-      discount: scalar.
-      q_next: ``[A]`` values of the successor, from the target network.
-
-    Returns:
-      The scalar TD error; no gradient flows through the target.
-    """
-    return double_q_learning(q, action, reward, discount, q_next, q_next)
-
-
-def double_q_learning(
-    q: chex.Array, action: chex.Array, reward: chex.Array, discount: chex.Array, q_next: chex.Array, q_select: chex.Array
-) -> chex.Array:
-    r"""TD error of double Q-learning: :math:`r + d\, q'(\arg\max_a s(a)) - q(a)`.
-
-    Van Hasselt, Guez and Silver, "Deep reinforcement learning with double Q-learning" (2016), equation 4.
-
-    Args:
-      q: ``[A]`` values of the observation.
-      action: scalar integer.
-      reward: scalar.
-      discount: scalar.
-      q_next: ``[A]`` values of the successor from the target network: they value the action.
-      q_select: ``[A]`` values of the successor from the online network: they choose it.
-
-    Returns:
-      The scalar TD error; no gradient flows through the target.
-
-    Raises:
-      AssertionError: at trace time, on other ranks, or if the three value vectors differ in length.
-    """
-    chex.assert_rank([q, action, reward, discount, q_next, q_select], [1, 0, 0, 0, 1, 1])
-    chex.assert_equal_shape([q, q_next, q_select])
-    target = reward + discount * q_next[jnp.argmax(q_select)]
-    return jax.lax.stop_gradient(target) - q[action]
-
-
 def squared(td_error: chex.Array) -> chex.Array:
     """The squared error, elementwise. Its gradient is twice Huber's near zero."""
     return jnp.square(td_error)
@@ -95,6 +52,89 @@ def huber(td_error: chex.Array) -> chex.Array:
     size = jnp.abs(td_error)
     inside = jnp.minimum(size, 1.0)
     return 0.5 * jnp.square(inside) + (size - inside)
+
+
+def project(support: chex.Array, places: chex.Array, mass: chex.Array) -> chex.Array:
+    r"""Moves mass from any places to the atoms of an even support, so that its mean stays, within the ends of the support.
+
+    .. math:: m_i = \sum_j p_j \Big[1 - \frac{|\,[y_j]_{z_1}^{z_K} - z_i|}{\Delta z}\Big]_0^1
+
+    Each mass goes to the two atoms beside its place, the nearer the more; what lies beyond an end goes to that end. Bellemare, Dabney and
+    Munos, "A distributional perspective on reinforcement learning" (2017), equation 7.
+
+    Args:
+      support: ``[K]`` atoms, evenly spaced, ascending, at least two.
+      places: ``[M]``.
+      mass: ``[M]``.
+
+    Returns:
+      The mass of each atom, ``[K]``; its sum is that of ``mass``.
+
+    Raises:
+      AssertionError: at trace time, on other ranks, or if there are not as many places as masses.
+    """
+    chex.assert_rank([support, places, mass], 1)
+    chex.assert_equal_shape([places, mass])
+    # In units of the distance between two atoms. Counted from the first atom and clipped there, so that no mass is rounded away.
+    atom = jnp.arange(support.shape[0], dtype=support.dtype)
+    place = (places - support[0]) * (atom[-1] / (support[-1] - support[0]))
+    distance = jnp.abs(jnp.clip(place, 0.0, atom[-1]) - atom[:, None])  # [K, M]
+    return jnp.maximum(1.0 - distance, 0.0) @ mass
+
+
+def cross_entropy(logits: chex.Array, mass: chex.Array) -> chex.Array:
+    r"""Cross-entropy of a distribution given by its logits against the masses of a target: :math:`-\sum_i m_i \log p_i`.
+
+    Args:
+      logits: ``[K]``.
+      mass: ``[K]``; no gradient flows through it.
+
+    Returns:
+      A scalar: up to the target's own entropy, the Kullback-Leibler divergence between the two.
+    """
+    chex.assert_rank([logits, mass], 1)
+    chex.assert_equal_shape([logits, mass])
+    return -jnp.sum(jax.lax.stop_gradient(mass) * jax.nn.log_softmax(logits))
+
+
+def quantile_huber(quantile: chex.Array, fraction: chex.Array, target: chex.Array) -> chex.Array:
+    r"""How badly numbers fit as quantiles of a sample of targets.
+
+    .. math:: \sum_i \frac{1}{M} \sum_j |\tau_i - 1\{y_j < \theta_i\}|\, \ell(y_j - \theta_i)
+
+    with Huber's loss :math:`\ell` of threshold 1. Dabney et al., "Distributional reinforcement learning with quantile regression"
+    (2018), equation 10: summed over the quantiles, averaged over the targets.
+
+    Args:
+      quantile: ``[N]`` predictions :math:`\theta`.
+      fraction: ``[N]``, which quantile each is, in [0, 1].
+      target: ``[M]``; no gradient flows through it.
+
+    Returns:
+      A scalar.
+    """
+    chex.assert_rank([quantile, fraction, target], 1)
+    chex.assert_equal_shape([quantile, fraction])
+    error = jax.lax.stop_gradient(target)[None] - quantile[:, None]  # [N, M]
+    slope = jnp.abs(fraction[:, None] - (error < 0.0))
+    return jnp.sum(slope * huber(error)) / target.shape[0]
+
+
+def soft_policy(values: chex.Array, temperature: chex.Numeric) -> tuple[chex.Array, chex.Array]:
+    r"""The policy that is the softer the higher the temperature: :math:`\pi \propto \exp(q / \tau)`, and :math:`\tau \log \pi`.
+
+    Args:
+      values: ``[A]``, forbidden actions at the lowest finite value.
+      temperature: scalar, above 0.
+
+    Returns:
+      Probabilities ``[A]`` and scaled log-probabilities ``[A]``; of an action with no chance both are 0, so that sums over the policy
+      stay finite.
+    """
+    chex.assert_rank(values, 1)
+    log_policy = jax.nn.log_softmax((values - jnp.max(values)) / temperature)
+    policy = jnp.exp(log_policy)
+    return policy, jnp.where(policy > 0.0, temperature * log_policy, 0.0)
 
 
 def gae(

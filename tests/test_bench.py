@@ -12,7 +12,8 @@ import pytest
 from dqn_jax.bench import compiled_loops, host_loops, libtorch, loops, one_loop, peers, torch_loops
 from dqn_jax.bench.settings import DECK, PLAIN, epsilon_at, options
 from dqn_jax.envs import make
-from dqn_jax.presets.dqn import PRESETS, dqn_options
+from dqn_jax.presets.dqn import dqn_options
+from dqn_jax.presets.dqn_sets import PRESETS
 
 STEPS = 400
 SMALL = PLAIN._replace(hidden=(8,), batch_size=8, capacity=150, warmup=100, target_interval=50)

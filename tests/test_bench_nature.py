@@ -94,7 +94,7 @@ def test_the_update_of_torch_is_ours():
     options = nature.OPTIONS
     optimizer = optax.chain(optax.clip_by_global_norm(options.max_grad_norm), optax.adam(options.learning_rate))
     assert options.double and options.loss == "mse" and options.target_update_interval is None
-    ours = dqn(latency.network_of(IMAGES), optimizer, epsilon=0.1, loss="mse", target_update_interval=1, tau=options.tau)
+    ours = dqn(latency.network_of(IMAGES), optimizer, epsilon=0.1, head=heads.expected("mse"), target_update_interval=1, tau=options.tau)
 
     random = np.random.default_rng(0)
     frames, following = random.integers(0, 256, (2, 4, 8, 8, 2)).astype(np.uint8)

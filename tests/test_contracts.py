@@ -195,7 +195,7 @@ def ramps(storage):
 
 CASES = {
     "double huber": values(),
-    "single mse, refresh after every update": values({"double": False, "loss": "mse", "target_update_interval": 1}),
+    "single mse, refresh after every update": values({"double": False, "head": heads.expected("mse"), "target_update_interval": 1}),
     # Odd, so that one place is rounded away, and small, so that it wraps while the tests play.
     "n steps in a small ring": values(memory=uniform(ring(9, n_steps=3), B)),
     "masked": values(observations=masked),
@@ -449,7 +449,7 @@ def batch(weight=1.0, n=2, seed=0):
 
 @functools.cache
 def learner_of(interval=1_000, tau=1.0, loss="huber"):
-    algorithm = dqn(networks.QNetwork(A, (8,)), optax.sgd(1.0), epsilon=0.1, target_update_interval=interval, tau=tau, loss=loss)
+    algorithm = dqn(networks.QNetwork(A, (8,)), optax.sgd(1.0), epsilon=0.1, target_update_interval=interval, tau=tau, head=heads.expected(loss))
     state = algorithm.init(jax.random.key(0), jnp.zeros((1, 4)))
     return jax.jit(algorithm.learn), state._replace(target_params=jax.tree.map(lambda leaf: leaf + 0.1, state.params))
 

@@ -13,7 +13,7 @@ ROOT = Path(dqn_jax.__file__).parent
 SOURCES = {path.relative_to(ROOT).with_suffix("").as_posix(): ast.parse(path.read_text()) for path in sorted(ROOT.rglob("*.py"))}
 
 FOUNDATION = {"types"}
-TOOLS = {"returns", "networks", "policies", "normalize", "optimizers", "spaces", "distributions"}
+TOOLS = {"returns", "networks", "policies", "normalize", "optimizers", "spaces", "distributions", "heads", "value_networks"}
 DATA = {"memory", "algorithms", "curiosity", "envs"}
 DRIVERS = {"seeds", "training", "programs", "staging", "stepper", "online"}
 BELOW_PRESETS = FOUNDATION | TOOLS | DATA | {"agent", "checkpoint", "footprint", "options"} | DRIVERS
@@ -36,6 +36,8 @@ MAY_IMPORT = {
     "online": FOUNDATION | {"checkpoint", "spaces", "staging", "stepper"},
     "options": set(),
     "distributions": FOUNDATION | {"policies"},
+    "heads": {"returns"},
+    "value_networks": {"networks"},
     "presets": BELOW_PRESETS,
     "statistics": set(),
     "runs": BELOW_PRESETS | {"presets"},

@@ -95,7 +95,7 @@ def test_dqn_learns_with_a_network_that_computes_in_bfloat16(monkeypatch, networ
     batch = Batch(Transition(x, jnp.arange(16) % 3, ones, 0.9 * ones, -x, ones < 1))
     moved = {}
     for dtype in (None, jnp.bfloat16):
-        algorithm = dqn(network.clone(dtype=dtype), optax.sgd(0.01), epsilon=0.1, loss="mse")
+        algorithm = dqn(network.clone(dtype=dtype), optax.sgd(0.01), epsilon=0.1, head=heads.expected("mse"))
         learner = algorithm.init(jax.random.key(0), x)
         learnt, feedback = jax.jit(algorithm.learn)(learner, batch, jax.random.key(1), 16)
         assert np.isfinite(feedback.metrics["loss"]) and feedback.priority.dtype == jnp.float32

@@ -26,7 +26,8 @@ import numpy as np
 from dqn_jax import footprint, spaces
 from dqn_jax.bench import libtorch, report, torch_loops
 from dqn_jax.bench.settings import DECK
-from dqn_jax.presets.dqn import DQN, PRESETS
+from dqn_jax.presets.dqn import DQN
+from dqn_jax.presets.dqn_sets import PRESETS
 
 STAGES = ("imported", "built", "first update", "end")
 LIBTORCH = "libtorch"  # The contender that is a program of its own.

@@ -39,7 +39,8 @@ from dqn_jax.bench.compiled_loops import Outcome
 from dqn_jax.bench.series import Contender, Done, Group
 from dqn_jax.bench.settings import PLAIN, Setting, options
 from dqn_jax.envs import make, true_successors
-from dqn_jax.presets.dqn import DQN, PRESETS, dqn
+from dqn_jax.presets.dqn import DQN, dqn
+from dqn_jax.presets.dqn_sets import PRESETS
 from dqn_jax.programs import compute_inline, device_per_core
 from dqn_jax.seeds import num_in_one_memory, over_seeds
 from dqn_jax.training import train

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from dqn_jax.presets.dqn import PRESETS
+from dqn_jax.presets.dqn_sets import PRESETS
 
 
 class Setting(NamedTuple):

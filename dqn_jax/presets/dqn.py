@@ -5,13 +5,17 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal
 
+import gymnasium
 import jax
+import jax.numpy as jnp
 import optax
 
-from dqn_jax import spaces
+from dqn_jax import heads, spaces
 from dqn_jax.agent import assemble
+from dqn_jax.algorithms.dqn import Munchausen
 from dqn_jax.algorithms.dqn import dqn as dqn_algorithm
 from dqn_jax.curiosity.curious import curious
+from dqn_jax.heads import Head
 from dqn_jax.memory.frames import require_succession
 from dqn_jax.online import OnlineAgent
 from dqn_jax.optimizers import clipped
@@ -26,9 +30,12 @@ from dqn_jax.options import (
     schedule,
 )
 from dqn_jax.presets.curiosity import curiosity_of, require_curiosity, require_single_steps
-from dqn_jax.presets.reading import q_network, read_env, read_spaces, require_mask
+from dqn_jax.presets.reading import layers_of, q_network, read_env, read_spaces, require_mask
 from dqn_jax.presets.replay import STACK_AXIS, replay_of, storage_of
 from dqn_jax.types import Agent, AgentState
+from dqn_jax.value_networks import ValueNetwork
+
+DEFAULT_EPSILON = (1.0, 0.05, 10_000)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +51,32 @@ class DQNOptions:
     convolutions for images (uint8 or bool with two or three axes), by their size; where a network is given, only curiosity heeds it."""
     hidden: tuple[int, ...] | None = None
     """Widths of the hidden layers; by default (64, 64), behind Nature's convolutions (512,), behind MinAtar's (128,)."""
+    adam_epsilon: float = 1e-8
+    """Adam's epsilon; unused where an optimizer is given."""
     loss: Literal["huber", "mse"] = "mse"
-    """Loss of the TD error."""
+    """Loss of the TD error; unused where a distribution is learnt, which has its own."""
     double: bool = True
-    """Double DQN: the online network chooses the bootstrap action, the target network values it."""
+    """Double DQN: the online network chooses the bootstrap action, the target network values it. Unused with munchausen, whose policy is
+    the target network's."""
+    distribution: Literal["off", "c51", "qrdqn", "iqn"] = "off"
+    """What is learnt of returns: their mean, or their distribution, as masses of fixed atoms (C51), as quantiles (QR-DQN), or as quantiles
+    at fractions drawn anew (IQN)."""
+    num_atoms: int = 51
+    """Atoms of C51; unused with others, as are v_min and v_max."""
+    v_min: float = -100.0
+    """The lowest return that C51 can hold."""
+    v_max: float = 100.0
+    """The highest return that C51 can hold: choose it from the scale of discounted returns."""
+    num_quantiles: int | None = None
+    """Quantiles of QR-DQN, by default 32; or fractions that IQN draws for a transition, by default 8. Unused with others."""
+    dueling: bool = False
+    """Two streams, one for the value of a state and one for the advantages of its actions."""
+    noisy: float | None = None
+    """Noise of the last two layers at first (0.5 in the literature), which explores in the place of epsilon; None for plain layers."""
+    munchausen: float | None = None
+    """Weight of the bonus for actions that a soft policy thinks likely (0.9 in the literature), or None. It needs n_steps=1."""
+    munchausen_temperature: float = 0.03
+    """Temperature of that policy, in units of reward; unused without it."""
     n_steps: int = 5
     """Rows of an n-step return."""
     batch_size: int = 128
@@ -83,64 +112,11 @@ class DQNOptions:
     """Transitions between refreshes of the target network; by default 500 where tau is 1, else at every update."""
     tau: float | None = None
     """How far a refresh moves the target to the online parameters; by default 1 (a copy) with a target_update_interval, else 0.005."""
-    epsilon: tuple[float, float, int] | float = (1.0, 0.05, 10_000)
-    """Chance of a random action: start, end and the transitions between (linear); or a constant; in Python also an optax schedule."""
+    epsilon: tuple[float, float, int] | float | None = None
+    """Chance of a random action: start, end and the transitions between (linear); or a constant; in Python also an optax schedule. By
+    default (1.0, 0.05, 10_000), and 0 with noisy layers, which explore by themselves."""
     max_grad_norm: float | None = 10.0
     """Bound on the gradient's global norm, or None; unused where an optimizer is given."""
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "deck": {
-        "hidden": (128, 128, 128),
-        "learning_rate": 3e-4,
-        "gamma": 0.97,
-        "n_steps": 3,
-        "batch_size": 16,
-        "replay_start_size": 16,
-        "update_interval": 8,
-        "updates_per_interval": 1,
-        "target_update_interval": 100,
-        "capacity": 2_000,
-        "epsilon": (0.5, 0.1, 50_000),
-        "tau": 1.0,
-        "loss": "mse",
-        "double": False,
-        "max_grad_norm": None,
-    },
-    "mountaincar": {
-        "hidden": (256, 256),
-        "learning_rate": 1e-3,
-        "gamma": 0.99,
-        "n_steps": 10,
-        "update_interval": 4,
-        "epsilon": (1.0, 0.05, 20_000),
-    },
-    "minatar": {
-        "learning_rate": 2.5e-4,
-        "gamma": 0.99,
-        "n_steps": 3,
-        "batch_size": 32,
-        "capacity": 100_000,
-        "frames": "single",
-        "replay_start_size": 5_000,
-        "update_interval": 4,
-        "target_update_interval": 1_000,
-        "epsilon": (1.0, 0.1, 100_000),
-        "loss": "huber",
-    },
-    "lunarlander": {
-        "hidden": (256, 256),
-        "learning_rate": 5e-4,
-        "gamma": 0.99,
-        "n_steps": 3,
-        "capacity": 100_000,
-        "update_interval": 2,
-        "epsilon": (1.0, 0.05, 15_000),
-    },
-}
-"""Named sets of options: ``DQN(env, **PRESETS["deck"])``. "deck" is the setting of the slide deck that this package starts from; the
-others are named after what they were chosen on."""
 
 
 def dqn_options(**options: Any) -> DQNOptions:
@@ -158,12 +134,40 @@ def dqn_options(**options: Any) -> DQNOptions:
     require_replay(o)
     require_curiosity(o)
     require_single_steps(o)
-    require_schedule("epsilon", o.epsilon)
+    _require_family(o)
     return o
+
+
+def _require_family(o: DQNOptions) -> None:
+    require_number("adam_epsilon", o.adam_epsilon, 0, math.inf, open_low=True)
+    require_int("num_atoms", o.num_atoms, 2)
+    require_number("v_min", o.v_min, -math.inf, math.inf)
+    require_number("v_max", o.v_max, -math.inf, math.inf)
+    if not any(isinstance(bound, jax.core.Tracer) for bound in (o.v_min, o.v_max)) and o.v_min >= o.v_max:
+        raise ValueError(f"v_min must be below v_max, got {o.v_min} and {o.v_max}")
+    if o.num_quantiles is not None:
+        require_int("num_quantiles", o.num_quantiles, 1)
+    if o.noisy is not None:
+        require_number("noisy", o.noisy, 0, math.inf, open_low=True)
+    if o.epsilon is not None:
+        require_schedule("epsilon", o.epsilon)
+    if o.noisy is not None and not (o.epsilon is None or (isinstance(o.epsilon, int | float) and o.epsilon == 0)):
+        raise ValueError(f"noisy layers explore by themselves: leave epsilon out, or give 0, got epsilon={o.epsilon!r}")
+    if o.munchausen is None:
+        return
+    require_number("munchausen", o.munchausen, 0, 1)
+    require_number("munchausen_temperature", o.munchausen_temperature, 0, math.inf, open_low=True)
+    if o.n_steps > 1:
+        raise ValueError(
+            f"munchausen pays for every step, and with n_steps={o.n_steps} the replay gives only the first observation of a window and "
+            "what followed it: give n_steps=1"
+        )
 
 
 def epsilon_schedule(options: DQNOptions) -> Callable[[Any], Any]:
     """The chance of a random action as a function of the transitions stored."""
+    if options.epsilon is None:
+        return schedule(DEFAULT_EPSILON if options.noisy is None else 0.0)
     return schedule(options.epsilon)
 
 
@@ -175,8 +179,8 @@ def dqn(env_or_spaces: Any, *, network: Any = None, optimizer: optax.GradientTra
 
     Args:
       env_or_spaces: an environment (Gymnasium, vector or ``Env``), or the pair (observation_space, action_space).
-      network: anything with ``init(key, observation)`` and ``apply(params, observation) -> [B, A]``; by default an
-        MLP, behind convolutions for images.
+      network: anything with ``init(key, observation)`` and ``apply(params, observation) -> [B, A]``, or ``[B, A, K]`` where a
+        distribution is learnt (``algorithms.dqn`` says it in full); by default an MLP, behind convolutions for images.
       optimizer: an optax transformation, used as it is; by default Adam behind a clip of the gradient's norm.
       **options: see ``DQNOptions``.
 
@@ -196,9 +200,11 @@ def dqn(env_or_spaces: Any, *, network: Any = None, optimizer: optax.GradientTra
     require_functions("optimizer", optimizer, ("init", "update"))
     storage = storage_of(o, observation_space)
     if network is None:
-        network = q_network(o, observation_space, num_actions)
+        network = _network(o, observation_space, num_actions)
+    elif o.dueling or o.noisy is not None:
+        raise ValueError("dueling and noisy are of the default network: leave them out, or the network")
     if optimizer is None:
-        optimizer = clipped(optax.adam(o.learning_rate), o.max_grad_norm)
+        optimizer = clipped(optax.adam(o.learning_rate, eps=o.adam_epsilon), o.max_grad_norm)
     tau, target_update_interval = o.tau, o.target_update_interval
     if tau is None:
         tau = 0.005 if target_update_interval is None else 1.0
@@ -208,8 +214,9 @@ def dqn(env_or_spaces: Any, *, network: Any = None, optimizer: optax.GradientTra
         network,
         optimizer,
         epsilon=epsilon_schedule(o),
-        loss=o.loss,
+        head=_head(o),
         double=o.double,
+        munchausen=None if o.munchausen is None else Munchausen(o.munchausen, o.munchausen_temperature),
         target_update_interval=target_update_interval,
         tau=tau,
     )
@@ -223,6 +230,34 @@ def dqn(env_or_spaces: Any, *, network: Any = None, optimizer: optax.GradientTra
         period=o.update_interval,
         updates=o.updates_per_interval,
     )
+
+
+def _network(o: DQNOptions, observation_space: gymnasium.Space, num_actions: int) -> Any:
+    if o.distribution == "off" and not o.dueling and o.noisy is None:
+        return q_network(o, observation_space, num_actions)
+    convolutions, hidden, read = layers_of(o, observation_space)
+    return ValueNetwork(
+        num_actions,
+        {"c51": o.num_atoms, "qrdqn": _num_quantiles(o)}.get(o.distribution, 0),
+        hidden,
+        read,
+        convolutions,
+        dueling=o.dueling,
+        noisy=o.noisy,
+        implicit=o.distribution == "iqn",
+    )
+
+
+def _head(o: DQNOptions) -> Head:
+    if o.distribution == "c51":
+        return heads.categorical(jnp.linspace(o.v_min, o.v_max, o.num_atoms))
+    if o.distribution == "qrdqn":
+        return heads.quantiles(_num_quantiles(o))
+    return heads.implicit_quantiles(_num_quantiles(o)) if o.distribution == "iqn" else heads.expected(o.loss)
+
+
+def _num_quantiles(o: DQNOptions) -> int:
+    return {"iqn": 8}.get(o.distribution, 32) if o.num_quantiles is None else o.num_quantiles
 
 
 class DQN(OnlineAgent):

@@ -1,5 +1,6 @@
 """What the presets read off an environment: its spaces, and what kind of network suits its observations."""
 
+from collections.abc import Callable
 from typing import Any
 
 import gymnasium
@@ -101,9 +102,25 @@ def q_network(
       num_actions: A.
       flat: widths of the hidden layers for vectors, unless the options give some.
     """
+    convolutions, hidden, read = layers_of(options, observation_space, flat)
+    if convolutions:
+        return networks.ConvQNetwork(num_actions, convolutions, hidden, read)
+    return networks.QNetwork(num_actions, hidden, read)
+
+
+def layers_of(
+    options: Any, observation_space: gymnasium.Space, flat: tuple[int, ...] = (64, 64)
+) -> tuple[tuple[tuple[int, int, int], ...], tuple[int, ...], Callable[[Any], Any]]:
+    """The convolutions, none for vectors; the widths of the hidden layers; and what makes images or vectors of observations.
+
+    Args:
+      options: an agent's.
+      observation_space: of one environment.
+      flat: as for ``q_network``.
+    """
     hidden = options.hidden
     encoder, channels_first = encoder_of(options.encoder, observation_space, getattr(options, "frames", "off"))
     if encoder == "flat":
-        return networks.QNetwork(num_actions, tuple(hidden or flat), spaces.features(observation_space))
+        return (), tuple(hidden or flat), spaces.features(observation_space)
     convolutions, default = (networks.NATURE, (512,)) if encoder == "nature" else (networks.MINATAR, (128,))
-    return networks.ConvQNetwork(num_actions, convolutions, tuple(hidden or default), spaces.image(observation_space, channels_first))
+    return convolutions, tuple(hidden or default), spaces.image(observation_space, channels_first)

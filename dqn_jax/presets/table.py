@@ -4,7 +4,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from dqn_jax.online import OnlineAgent
-from dqn_jax.presets.dqn import DQN, PRESETS, DQNOptions, dqn, dqn_options, epsilon_schedule
+from dqn_jax.presets.dqn import DQN, DQNOptions, dqn, dqn_options, epsilon_schedule
+from dqn_jax.presets.dqn_sets import C51_PRESETS, IQN_PRESETS, PRESETS, QRDQN_PRESETS, RAINBOW_PRESETS
 from dqn_jax.presets.ppo import PPO, PPO_PRESETS, PPOOptions, ppo
 from dqn_jax.presets.sac import SAC, SAC_PRESETS, SACOptions, sac
 from dqn_jax.types import Agent
@@ -34,6 +35,10 @@ def _epsilon(steps: int, options: dict[str, Any]) -> dict[str, float]:
 
 ALGORITHMS: dict[str, Preset] = {
     "dqn": Preset(DQNOptions, PRESETS, dqn, DQN, _epsilon),
+    "c51": Preset(DQNOptions, C51_PRESETS, dqn, DQN, _epsilon),
+    "qrdqn": Preset(DQNOptions, QRDQN_PRESETS, dqn, DQN, _epsilon),
+    "iqn": Preset(DQNOptions, IQN_PRESETS, dqn, DQN, _epsilon),
+    "rainbow": Preset(DQNOptions, RAINBOW_PRESETS, dqn, DQN, _epsilon),
     "ppo": Preset(PPOOptions, PPO_PRESETS, ppo, PPO, lambda steps, options: {}),
     "sac": Preset(SACOptions, SAC_PRESETS, sac, SAC, lambda steps, options: {}),
 }
