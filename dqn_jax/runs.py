@@ -7,6 +7,7 @@ agent) and ``updates``.
 
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -173,7 +174,10 @@ class CompiledRuns:
         """One chunk. Returns a row of the learning curve for each seed."""
         self._run, history = self._advance(self._run)
         columns = {name: np.asarray(values) for name, values in history.items() if name != "step"}
-        scheduled = ALGORITHMS[self.task.algo].scheduled(self.steps, self.task.options)
+        preset = ALGORITHMS[self.task.algo]
+        scheduled = preset.scheduled(self.steps, self.task.options)
+        if said := preset.complaint({name: float(np.mean(values)) for name, values in columns.items()}):
+            warnings.warn(said, stacklevel=2)
         return [{**{name: float(values[i]) for name, values in columns.items()}, **scheduled} for i in range(self.task.seeds)]
 
     def evaluate(self) -> np.ndarray:

@@ -17,7 +17,8 @@ from dqn_jax import checkpoint, footprint, seeds
 from dqn_jax.types import Agent, AgentState, Env, RunState, Transition
 
 CYCLES_PER_BLOCK = 64  # Cycles whose randomness is drawn at once,
-DECISIONS_PER_BLOCK = 1 << 16  # unless their decisions, over all environments, would be more than this.
+DECISIONS_PER_BLOCK = 1 << 16  # unless their decisions, over all environments, would be more than this,
+NOISE_BYTES = 1 << 24  # or what they draw would take more, as noisy layers do.
 
 
 class EnvSide(NamedTuple):
@@ -152,9 +153,10 @@ def train(agent: Agent, env: Env, *, num_steps: int, num_envs: int = 1, history_
     if num_steps < 1 or history_length < 1:
         raise ValueError(f"num_steps and history_length must be at least 1, got {num_steps} and {history_length}")
     cadence = agent.cadence(num_envs)
+    noise_bytes = max(1, _noise_bytes(agent, env, num_envs))
     cycles = max(1, math.ceil((math.ceil(num_steps / num_envs) - cadence.prefill) / cadence.rows))
     # What a block of cycles draws is drawn at once, ahead of them: a small draw inside the loop costs more than the network.
-    most = max(1, min(CYCLES_PER_BLOCK, DECISIONS_PER_BLOCK // (cadence.rows * num_envs)))
+    most = max(1, min(CYCLES_PER_BLOCK, DECISIONS_PER_BLOCK // (cadence.rows * num_envs), NOISE_BYTES // (cadence.rows * noise_bytes)))
     blocks_per_point = math.ceil(math.ceil(cycles / history_length) / most)
     cycles_per_block = math.ceil(math.ceil(cycles / history_length) / blocks_per_point)
     num_points = math.ceil(cycles / (blocks_per_point * cycles_per_block))
@@ -297,6 +299,16 @@ def evaluate(agent: Agent, env: Env, *, num_episodes: int = 20, max_steps: int |
         return jax.lax.while_loop(lambda carry: jnp.any(carry[3]) & (carry[0] < limit), play, start)[4]
 
     return returns
+
+
+def _noise_bytes(agent: Agent, env: Env, num_envs: int) -> int:
+    """What one row of decisions draws, in bytes."""
+
+    def drawn(key: chex.PRNGKey) -> Any:
+        _, observation = jax.vmap(env.reset)(jax.random.split(key, num_envs))
+        return agent.noise(agent.init(key, observation), 0, num_envs)
+
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(drawn, jax.random.key(0))))
 
 
 def _count(statistics: EpisodeStatistics, transition: Transition) -> EpisodeStatistics:

@@ -17,14 +17,6 @@ def n_step(reward, discount, last):
     return total, travelled, walked
 
 
-def double_q_learning(q, action, reward, discount, q_next, q_select):
-    best = 0
-    for candidate in range(len(q_select)):
-        if q_select[candidate] > q_select[best]:
-            best = candidate
-    return reward + discount * q_next[best] - q[action]
-
-
 def huber(error):
     size = abs(error)
     return 0.5 * size**2 if size <= 1 else size - 0.5
@@ -95,3 +87,116 @@ class Stream:
     def cut(self, mask):
         """A cut environment begins anew: its next observation is not the successor of its last row."""
         self.now = [self.fresh() if masked else number for number, masked in zip(self.now, mask, strict=True)]
+
+
+def project(support, places, mass):
+    """Mass at places, moved to the atoms beside them, one place at a time."""
+    moved = np.zeros(len(support))
+    distance = float(support[1]) - float(support[0])
+    for place, share in zip(places, mass, strict=True):
+        at = (min(max(float(place), float(support[0])), float(support[-1])) - float(support[0])) / distance
+        low = min(int(at), len(support) - 1)
+        moved[low] += share * (1 - (at - low))
+        if low + 1 < len(support):
+            moved[low + 1] += share * (at - low)
+    return moved
+
+
+def quantile_huber(quantile, fraction, target):
+    total = 0.0
+    for theta, tau in zip(quantile, fraction, strict=True):
+        for y in target:
+            error = y - theta
+            total += abs(tau - (1.0 if error < 0 else 0.0)) * huber(error) / len(target)
+    return total
+
+
+def softmax(numbers):
+    powers = np.exp(numbers - np.max(numbers))
+    return powers / powers.sum()
+
+
+class Says:
+    """What a network whose outputs are ``sign`` times what it sees says of one row: ``{action: outputs}`` of the allowed actions.
+
+    Args:
+      kind, support, middles: as for ``dqn_losses``.
+      sign: 1 for the online network, -1 for the target network.
+      fractions: what IQN drew for it and this row, ``[N]``.
+    """
+
+    def __init__(self, kind, support, middles, sign, fractions):
+        self.kind, self.support, self.middles, self.sign, self.fractions = kind, support, middles, sign, fractions
+
+    def value(self, outputs):
+        if self.kind == "c51":
+            return softmax(self.sign * outputs) @ self.support
+        if self.kind == "iqn":
+            return np.mean(self.sign * (outputs + self.middles))
+        return np.mean(self.sign * outputs)
+
+    def values(self, outputs):
+        return {action: self.value(each) for action, each in outputs.items()}
+
+    def distribution(self, outputs):
+        if self.kind == "c51":
+            return softmax(self.sign * outputs)
+        return self.sign * (outputs + self.fractions) if self.kind == "iqn" else self.sign * outputs
+
+
+def read_row(observation, row, num_actions=3):
+    """The outputs of all actions of a row, and of the allowed ones."""
+    masked = hasattr(observation, "action_mask")
+    numbers = (observation.observation if masked else observation)[row].astype(float).reshape(num_actions, -1)
+    outputs = dict(enumerate(numbers))
+    return outputs, {a: outputs[a] for a in outputs if not masked or observation.action_mask[row][a]}
+
+
+def soft(values, temperature):
+    """A soft policy: ``{action: probability}``."""
+    return dict(zip(values, softmax(np.array(list(values.values())) / temperature), strict=True))
+
+
+def dqn_losses(kind, batch, double, munchausen, support, middles, fractions, scale=1.0):
+    """Loss and priority of each row of a batch of single steps, where the online network says what it sees and the target the opposite.
+
+    Args:
+      kind: "huber", "mse", "c51", "qrdqn" or "iqn", whose online network adds the fraction to what it sees.
+      batch: its observations hold the outputs of all actions; some may be masked.
+      double: of DQN.
+      munchausen: None, or weight and temperature.
+      support: of C51.
+      middles: fractions of QR-DQN, and those that IQN chooses by.
+      fractions: what IQN drew for the online and for the target network, ``[B, N]`` each.
+      scale: a factor of the prediction alone.
+    """
+    rows = [
+        _row_loss(kind, batch.transition, row, double, munchausen, support, middles, [each[row] for each in fractions], scale)
+        for row in range(len(batch.weight))
+    ]
+    return np.array(rows).T
+
+
+def _row_loss(kind, t, row, double, munchausen, support, middles, fractions, scale):
+    online, target = (Says(kind, support, middles, *one) for one in ((1.0, fractions[0]), (-1.0, fractions[1])))
+    seen, seen_allowed = read_row(t.observation, row)
+    then, then_allowed = read_row(t.next_observation, row)
+    action, reward, discount = int(t.action[row]), float(t.reward[row]), float(t.discount[row])
+    if munchausen is None:
+        values = (online if double else target).values(then_allowed)
+        following = target.distribution(then[max(values, key=values.get) if values else 0])
+    else:
+        policy = soft(target.values(then_allowed), munchausen.temperature) if then_allowed else {0: 1.0}
+        following = sum(chance * target.distribution(then[a]) for a, chance in policy.items())
+        entropy = -munchausen.temperature * sum(chance * np.log(chance) for chance in policy.values())
+        log_chance = np.log(soft(target.values(seen_allowed), munchausen.temperature)[action])
+        reward += munchausen.weight * max(munchausen.temperature * log_chance, -1.0) + discount * entropy
+    if kind == "c51":
+        loss = -(project(support, reward + discount * support, following) * np.log(softmax(scale * seen[action]))).sum()
+        return loss, loss
+    if kind in ("qrdqn", "iqn"):
+        at = middles if kind == "qrdqn" else fractions[0]
+        loss = quantile_huber(scale * online.distribution(seen[action]), at, reward + discount * following)
+        return loss, loss
+    error = reward + discount * float(following[0]) - scale * float(seen[action][0])
+    return huber(error) if kind == "huber" else error**2, abs(error)

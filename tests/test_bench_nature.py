@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from dqn_jax import heads
 from dqn_jax.algorithms.dqn import dqn
 from dqn_jax.bench import latency, nature
 from dqn_jax.types import Batch, Transition

@@ -34,8 +34,10 @@ REPLAY = {name: SMALL[name] for name in ("batch_size", "capacity", "replay_start
 SOFT = {**REPLAY, "optimizers": Optimizers(RATE, RATE, RATE)}
 # An update falls due wherever it does for DQN.
 ROLLOUT = {"rollout_length": 4, "batch_size": 2, "epochs": 2, "optimizer": RATE}
+RAINBOW = {**SMALL, **dqn_jax.RAINBOW_PRESETS["default"], "num_atoms": 5, "epsilon": None}
 AGENTS = {
     "DQN": lambda seed: DQN(SPACES, seed, **SMALL),
+    "DQN, rainbow": lambda seed: DQN(SPACES, seed, **RAINBOW),
     "PPO": lambda seed: PPO(SPACES, seed, network=policy_and_value(3), **ROLLOUT),
     "PPO, box": lambda seed: PPO(BOX, seed, network=policy_and_value(4), normalize_observation=True, scale_reward=True, **ROLLOUT),
     "SAC": lambda seed: SAC(SPACES, seed, actor=linear(3), critic=linear(3), prioritized=True, **SOFT),

@@ -13,9 +13,9 @@ import pytest
 from flax import nnx
 from linear_networks import action_value, linear, policy_and_value
 
-from dqn_jax import envs, networks
+from dqn_jax import envs, heads, networks
 from dqn_jax.agent import assemble
-from dqn_jax.algorithms.dqn import dqn
+from dqn_jax.algorithms.dqn import Munchausen, dqn
 from dqn_jax.algorithms.ppo import ppo
 from dqn_jax.algorithms.sac import Optimizers, discrete_sac, sac
 from dqn_jax.curiosity.curious import curious
@@ -29,6 +29,7 @@ from dqn_jax.online import OnlineAgent
 from dqn_jax.presets.ppo import distribution_of
 from dqn_jax.training import train
 from dqn_jax.types import Batch, Cadence, Masked, Transition
+from dqn_jax.value_networks import ValueNetwork
 
 N, A, B, ROWS = 2, 3, 8, 10
 
@@ -120,6 +121,11 @@ def values(algorithm=(), memory=UNIFORM, observations=vectors, network=VALUES, o
     return Case(build, floats, memory, observations, DISCRETE, ("params",), {"target_params": "params"})
 
 
+def distributional(head, algorithm=(), memory=UNIFORM, observations=vectors, **shape):
+    """DQN with this head and a network to go with it."""
+    return values({"head": head, **dict(algorithm)}, memory, observations, ValueNetwork(A, hidden=(8,), **shape))
+
+
 def on_policy(actions, observations=vectors, **options):
     """PPO, whose rollouts are shorter than what is played."""
     distribution, to_action, _ = distribution_of(actions)
@@ -206,6 +212,13 @@ CASES = {
     "prioritized frames, n steps": values(memory=prioritized(frames(40, stack=2, stack_axis=-1, n_steps=3), B), observations=images),
     "nnx, flattened optimizer": values(
         network=networks.from_nnx(lambda rngs: Linear(rngs)), optimizer=lambda rate: optax.flatten(optax.sgd(rate, momentum=0.9))
+    ),
+    "C51, dueling, noisy, prioritized": distributional(
+        heads.categorical(np.linspace(-3, 3, 5, dtype=np.float32)), memory=prioritized(ring(16), B), num_outputs=5, dueling=True, noisy=0.5
+    ),
+    "quantiles, masked": distributional(heads.quantiles(3), observations=masked, num_outputs=3),
+    "implicit quantiles, noisy, Munchausen": distributional(
+        heads.implicit_quantiles(3), {"munchausen": Munchausen()}, implicit=True, noisy=0.5, dueling=True
     ),
     "PPO": on_policy(DISCRETE, value_clip=0.2, target_kl=0.5),
     "PPO, masked": on_policy(DISCRETE, masked),
@@ -449,7 +462,8 @@ def batch(weight=1.0, n=2, seed=0):
 
 @functools.cache
 def learner_of(interval=1_000, tau=1.0, loss="huber"):
-    algorithm = dqn(networks.QNetwork(A, (8,)), optax.sgd(1.0), epsilon=0.1, target_update_interval=interval, tau=tau, head=heads.expected(loss))
+    options = {"target_update_interval": interval, "tau": tau, "head": heads.expected(loss)}
+    algorithm = dqn(networks.QNetwork(A, (8,)), optax.sgd(1.0), epsilon=0.1, **options)
     state = algorithm.init(jax.random.key(0), jnp.zeros((1, 4)))
     return jax.jit(algorithm.learn), state._replace(target_params=jax.tree.map(lambda leaf: leaf + 0.1, state.params))
 
@@ -513,10 +527,11 @@ def test_the_target_gets_no_gradient_and_does_matter():
         assert same != matters
 
 
-@pytest.mark.parametrize("options", [{"loss": "l1"}, {"target_update_interval": 0}])
-def test_the_factory_checks_what_is_static(options):
-    with pytest.raises(ValueError, match=next(iter(options))):
-        dqn(networks.QNetwork(A), optax.sgd(1.0), epsilon=0.1, **options)
+def test_the_factory_checks_what_is_static():
+    with pytest.raises(ValueError, match="target_update_interval"):
+        dqn(networks.QNetwork(A), optax.sgd(1.0), epsilon=0.1, target_update_interval=0)
+    with pytest.raises(ValueError, match=r"loss must be one of .* got 'l1'"):
+        heads.expected("l1")
 
 
 # The cadence.

@@ -42,6 +42,8 @@ KINDS = {
     "sac": Kind(dqn_jax.sac, SAC, ("actor", "critics", "log_temperature"), REPLAY, 300),
 }
 SMALL = KINDS["dqn"].options
+SOFT_QUANTILES = {"distribution": "iqn", "num_quantiles": 4, "munchausen": 0.9, "n_steps": 1, "noisy": 0.5, "epsilon": None}
+RAINBOW = {**dqn_jax.RAINBOW_PRESETS["default"], "num_atoms": 11, "epsilon": None}
 STEPS = {1: 2500, 4: 4000}
 # (algorithm, environments, options): short episodes of both kinds, n-step windows, several updates a row, wrap-around of the replay.
 CASES = {
@@ -51,6 +53,12 @@ CASES = {
     "four, several updates": ("dqn", 4, {"n_steps": 2, "update_interval": 2, "updates_per_interval": 2, "tau": 0.05}),
     "one, prioritized": ("dqn", 1, {"prioritized": True, "n_steps": 3, "update_interval": 2, "beta": (0.4, 1.0, 2_000)}),
     "four, prioritized frames": ("dqn", 4, {"prioritized": True, "frames": "stack_first", "n_steps": 2}),
+    "one, rainbow": ("dqn", 1, RAINBOW),
+    "four, implicit quantiles, Munchausen": (
+        "dqn",
+        4,
+        {"distribution": "iqn", "num_quantiles": 4, "munchausen": 0.9, "noisy": 0.5, "epsilon": None},
+    ),
     "PPO, one": ("ppo", 1, {"rollout_length": 256, "value_clip": 0.2}),
     "PPO, four, pushed, everything": (
         "ppo",

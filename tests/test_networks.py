@@ -8,7 +8,7 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-from dqn_jax import networks
+from dqn_jax import heads, networks
 from dqn_jax.algorithms.dqn import dqn
 from dqn_jax.types import Batch, Transition
 

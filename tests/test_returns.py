@@ -1,6 +1,5 @@
 """Targets and losses against plain NumPy."""
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,42 +65,6 @@ def test_n_step_ignores_what_lies_past_the_end():
     np.testing.assert_allclose(got, (1.0, 0.5))
 
 
-def values(seed, num=12, actions=4):
-    random = np.random.default_rng(seed)
-    for _ in range(num):
-        q, q_next, q_select = random.normal(size=(3, actions)).astype(np.float32)
-        yield q, np.int32(random.integers(actions)), np.float32(random.normal()), np.float32(random.choice([0.0, 0.9])), q_next, q_select
-
-
-@with_transforms
-def test_td_errors_equal_the_oracle(transform):
-    double, single = transform(returns.double_q_learning), transform(returns.q_learning)
-    for q, action, reward, discount, q_next, q_select in values(seed=0):
-        args = q, action, reward, discount, q_next
-        np.testing.assert_allclose(double(*args, q_select), oracle.double_q_learning(*args, q_select), rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(single(*args), oracle.double_q_learning(*args, q_next), rtol=1e-5, atol=1e-6)
-
-
-def test_td_errors_by_hand():
-    q, q_next, q_select = jnp.array([1.0, 2.0]), jnp.array([10.0, 20.0]), jnp.array([5.0, 4.0])
-    assert returns.q_learning(q, 1, 3.0, 0.5, q_next) == 3 + 0.5 * 20 - 2
-    assert returns.double_q_learning(q, 1, 3.0, 0.5, q_next, q_select) == 3 + 0.5 * 10 - 2
-
-
-def test_no_gradient_flows_through_the_target():
-    q, action, reward, discount, q_next, q_select = next(values(seed=1))
-
-    def error(q, reward, discount, q_next, q_select):
-        return returns.double_q_learning(q, action, reward, discount, q_next, q_select)
-
-    grads = jax.grad(error, argnums=(0, 1, 2, 3, 4))(q, reward, discount, q_next, q_select)
-    np.testing.assert_array_equal(grads[0], -np.eye(4, dtype=np.float32)[action])
-    chex.assert_trees_all_equal(grads[1:], jax.tree.map(np.zeros_like, grads[1:]))
-    # One network in all three places, as in Q-learning without a target network: still only the prediction moves.
-    shared = jax.grad(lambda q: returns.q_learning(q, action, reward, discount, q))(q)
-    np.testing.assert_array_equal(shared, -np.eye(4, dtype=np.float32)[action])
-
-
 @with_transforms
 def test_losses_equal_their_formulas(transform):
     error = np.array([-3.0, -1.0, -0.4, 0.0, 0.7, 1.0, 1.5, 1e4], np.float32)
@@ -122,22 +85,6 @@ one, row, matrix = jnp.zeros(()), jnp.zeros(3), jnp.zeros((2, 3))
 def test_n_step_refuses_wrong_shapes(args):
     with pytest.raises(AssertionError):
         returns.n_step(*args)
-
-
-@pytest.mark.parametrize(
-    "args",
-    [
-        (matrix, 0, one, one, row, row),
-        (row, jnp.array([0]), one, one, row, row),
-        (row, 0, jnp.zeros(1), one, row, row),  # (N, 1) - (N,) would broadcast in silence
-        (row, 0, one, jnp.zeros(1), row, row),
-        (row, 0, one, one, jnp.zeros(4), row),
-        (row, 0, one, one, row, jnp.zeros(4)),
-    ],
-)
-def test_td_errors_refuse_wrong_shapes(args):
-    with pytest.raises(AssertionError):
-        returns.double_q_learning(*args)
 
 
 # Generalised advantage estimation.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -36,6 +37,7 @@ from dqn_jax.types import Agent, AgentState
 from dqn_jax.value_networks import ValueNetwork
 
 DEFAULT_EPSILON = (1.0, 0.05, 10_000)
+MOST_CLIPPED = 0.25  # A support just wide enough clips a few hundredths at first, one too narrow nearly everything.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,6 +234,16 @@ def dqn(env_or_spaces: Any, *, network: Any = None, optimizer: optax.GradientTra
     )
 
 
+def complaint(metrics: dict[str, float]) -> str | None:
+    """What the metrics of learning say against the options: that C51's support cannot hold the returns; or None."""
+    if not metrics.get("clipped_mass", 0.0) > MOST_CLIPPED:
+        return None
+    return (
+        "much of what C51 learns from lies beyond its support (the metric clipped_mass says how much), so values stop at its ends: lower "
+        "v_min or raise v_max until discounted returns fit"
+    )
+
+
 def _network(o: DQNOptions, observation_space: gymnasium.Space, num_actions: int) -> Any:
     if o.distribution == "off" and not o.dueling and o.noisy is None:
         return q_network(o, observation_space, num_actions)
@@ -321,6 +333,8 @@ class DQN(OnlineAgent):
         return cls(env_or_spaces, num_envs=num_envs, state=state, **options)
 
     def get_statistics(self) -> dict[str, float]:
-        """As ``OnlineAgent.get_statistics``, and ``epsilon`` of the next decision."""
+        """As ``OnlineAgent.get_statistics``, and ``epsilon`` of the next decision. Warns where C51's support is too narrow."""
         statistics = super().get_statistics()
+        if said := complaint({name.removeprefix("average_"): value for name, value in statistics.items()}):
+            warnings.warn(said, stacklevel=2)
         return {**statistics, "epsilon": float(self._epsilon(statistics["t"]))}

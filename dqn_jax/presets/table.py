@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from dqn_jax.online import OnlineAgent
-from dqn_jax.presets.dqn import DQN, DQNOptions, dqn, dqn_options, epsilon_schedule
+from dqn_jax.presets.dqn import DQN, DQNOptions, complaint, dqn, dqn_options, epsilon_schedule
 from dqn_jax.presets.dqn_sets import C51_PRESETS, IQN_PRESETS, PRESETS, QRDQN_PRESETS, RAINBOW_PRESETS
 from dqn_jax.presets.ppo import PPO, PPO_PRESETS, PPOOptions, ppo
 from dqn_jax.presets.sac import SAC, SAC_PRESETS, SACOptions, sac
@@ -20,6 +20,7 @@ class Preset(NamedTuple):
       build: ``(env_or_spaces, **options) -> Agent``.
       online: the agent that a loop calls.
       scheduled: ``(steps, options) -> `` what follows a schedule, by name, at that step: for people to look at.
+      complaint: ``(metrics) -> `` what they say against the options, or None.
     """
 
     options: type
@@ -27,6 +28,7 @@ class Preset(NamedTuple):
     build: Callable[..., Agent]
     online: type[OnlineAgent]
     scheduled: Callable[[int, dict[str, Any]], dict[str, float]]
+    complaint: Callable[[dict[str, float]], str | None] = lambda metrics: None
 
 
 def _epsilon(steps: int, options: dict[str, Any]) -> dict[str, float]:
@@ -34,11 +36,11 @@ def _epsilon(steps: int, options: dict[str, Any]) -> dict[str, float]:
 
 
 ALGORITHMS: dict[str, Preset] = {
-    "dqn": Preset(DQNOptions, PRESETS, dqn, DQN, _epsilon),
-    "c51": Preset(DQNOptions, C51_PRESETS, dqn, DQN, _epsilon),
-    "qrdqn": Preset(DQNOptions, QRDQN_PRESETS, dqn, DQN, _epsilon),
-    "iqn": Preset(DQNOptions, IQN_PRESETS, dqn, DQN, _epsilon),
-    "rainbow": Preset(DQNOptions, RAINBOW_PRESETS, dqn, DQN, _epsilon),
+    "dqn": Preset(DQNOptions, PRESETS, dqn, DQN, _epsilon, complaint),
+    "c51": Preset(DQNOptions, C51_PRESETS, dqn, DQN, _epsilon, complaint),
+    "qrdqn": Preset(DQNOptions, QRDQN_PRESETS, dqn, DQN, _epsilon, complaint),
+    "iqn": Preset(DQNOptions, IQN_PRESETS, dqn, DQN, _epsilon, complaint),
+    "rainbow": Preset(DQNOptions, RAINBOW_PRESETS, dqn, DQN, _epsilon, complaint),
     "ppo": Preset(PPOOptions, PPO_PRESETS, ppo, PPO, lambda steps, options: {}),
     "sac": Preset(SACOptions, SAC_PRESETS, sac, SAC, lambda steps, options: {}),
 }
