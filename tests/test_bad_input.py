@@ -315,7 +315,7 @@ def test_vector_environment_and_num_envs_that_differ():
 OPTIONS = [
     ({"bath_size": 4}, TypeError, "no option 'bath_size': did you mean batch_size?"),
     ({"lerning_rate": 1e-3}, TypeError, "did you mean learning_rate?"),
-    ({"zzz": 1}, TypeError, "no option 'zzz': the options are alpha, batch_size, "),
+    ({"zzz": 1}, TypeError, "no option 'zzz': the options are adam_epsilon, alpha, batch_size, "),
     ({"batch_size": 33}, ValueError, "batch_size 33 exceeds capacity 32"),
     ({"replay_start_size": 33}, ValueError, "replay_start_size 33 exceeds capacity 32"),
     ({"n_steps": 33}, ValueError, "n_steps 33 exceeds capacity 32"),
