@@ -107,6 +107,7 @@ class Bench:
     nature: updates of Nature's network by batch size, beside PyTorch.
     roofline: an update against what the device could do.
     pixels: updates of convolutional networks.
+    family: an update of each member of DQN's family.
     policies: PPO's compiled loop and SAC's update, beside others'.
     curiosity: what it adds to PPO's compiled loop."""
     quick: bool = False

@@ -29,6 +29,8 @@ ALL = [
     "roofline",
     "roofline, inline",
     "pixels",
+    "family",
+    "family, inline",
 ]
 ALL += ["policies", "policies, inline", "policies, a device per core", "curiosity", "curiosity, inline"]
 
@@ -87,6 +89,7 @@ MEASURED = {
     "nature": NATURE,
     "roofline": {"peaks": {}},
     "pixels": {"update_ms": {}},
+    "family": {"agents": {}},
     "policies": {"ppo": {}},
     "curiosity": {"kinds": {}},
 }

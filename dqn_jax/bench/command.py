@@ -20,13 +20,14 @@ from typing import Any
 from dqn_jax.bench import machine, pictures, report
 from dqn_jax.bench.one_loop import INLINE, SPREAD
 
-SECTIONS = ("size", "memory", "loops", "latency", "scaling", "nature", "roofline", "pixels", "policies", "curiosity")
+SECTIONS = ("size", "memory", "loops", "latency", "scaling", "nature", "roofline", "pixels", "family", "policies", "curiosity")
 # In which other ways sections run where JAX computes on the CPU; loops measures all ways by itself.
 WAYS = {
     "latency": {INLINE: "--inline"},
     "scaling": {INLINE: "--inline", SPREAD: "--spread"},
     "nature": {INLINE: "--inline"},
     "roofline": {INLINE: "--inline"},
+    "family": {INLINE: "--inline"},
     "policies": {INLINE: "--inline", SPREAD: "--spread"},
     "curiosity": {INLINE: "--inline"},
 }
