@@ -22,6 +22,7 @@ LESS = {
     "02_replay": {"num_steps=40_000, num_seeds=16": "num_steps=4_000, num_seeds=4", "num_steps=10_000": "num_steps=4_000"},
     "04_continuous_control": {"range(6_000)": "range(1_400)", "num_steps=100_000": "num_steps=16_000"},
     "05_exploration": {"SIZE, 4_000, kind": "SIZE, 640, kind", "60, 3_000, kind": "60, 320, kind", "range(2_000)": "range(600)"},
+    "06_rainbow": {"num_steps=12_000": "num_steps=1_500", "num_steps=8_000": "num_steps=1_500", "range(4_000)": "range(500)"},
 }
 
 
