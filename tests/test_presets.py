@@ -83,7 +83,8 @@ def test_a_million_frames_fit_in_what_the_readme_says():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_makes_an_agent(name):
-    space = image(10, 10, 4, dtype=bool) if name == "minatar" else gymnasium.make("CartPole-v1").observation_space
+    images = {"minatar": image(10, 10, 4, dtype=bool), "atari": image(4, 36, 36)}
+    space = images.get(name, gymnasium.make("CartPole-v1").observation_space)
     dqn_jax.DQN((space, ACTIONS), **PRESETS[name])
 
 
