@@ -11,6 +11,7 @@ import pytest
 
 import dqn_jax
 from dqn_jax import atari, cli, runs
+from dqn_jax.bench import atari as bench
 from dqn_jax.footprint import num_bytes
 from dqn_jax.presets.replay import storage_of
 
@@ -265,3 +266,12 @@ def test_convolutions_get_all_threads(words, inline, monkeypatch, tmp_path):
     monkeypatch.setattr(cli, "train", lambda task, folder, resume: {})
     cli.main([*map(str, ["train", "ALE/Pong-v5", *words, "--folder", tmp_path, "--json"])])
     assert chosen == ["inline"] * inline
+
+
+def test_the_benchmark_measures_three_things():
+    envs = atari.make_vec("ALE/Pong-v5", 3, **TINY)
+    agent = dqn_jax.DQN(envs, **SMALL, frames="stack_first", capacity=1_000, replay_start_size=6)
+    measured = bench.measure(agent, envs, 3, 2)
+    assert set(measured) == {"overlapped", "waited", "games alone"}
+    assert all(0 < kind["min"] <= kind["max"] for kind in measured.values())
+    assert agent.get_statistics()["t"] >= 3 * (32 + 2 * 2 * 2)
