@@ -70,6 +70,16 @@ def test_the_time_limit_counts_frames_and_truncates():
         assert truncated.tolist() == [length % 20 == 0] * 2
 
 
+def test_threads_do_not_change_what_is_played():
+    one, many = (play(atari.make_vec("ALE/Breakout-v5", 4, num_threads=threads, **TINY), 200) for threads in (1, 4))
+    ends = 0
+    for (_, (first, rewards, *_)), (_, (second, same, terminated, *_)) in zip(one, many, strict=True):
+        np.testing.assert_array_equal(first, second)
+        np.testing.assert_array_equal(rewards, same)
+        ends += terminated.sum()
+    assert ends >= 2
+
+
 def test_one_game_is_the_vector_of_one():
     one, several = (make("ALE/Breakout-v5", *n, max_num_frames_per_episode=120) for make, n in ((atari.make, ()), (atari.make_vec, (1,))))
     assert one.reset(seed=2**32 - 1)[0].shape == (4, 84, 84)  # A seed as Gymnasium allows it.
@@ -209,8 +219,7 @@ ALGORITHMS = {
 
 @pytest.mark.parametrize("words", ALGORITHMS.values(), ids=ALGORITHMS)
 def test_a_run_trains_resumes_evaluates_and_is_loaded(words, command):
-    train = ["train", "ALE/Carnival-v5", *words, *TRAIN]
-    status, summary, err = command(*train, "--name", "one")
+    status, summary, err = command("train", "ALE/Carnival-v5", *words, *TRAIN, "--name", "one")
     assert status == 0, err
     assert summary["complete"] and summary["steps"] == 400 and summary["updates"] > 0
     status, longer, err = command("train", "--resume", "runs/one", "--steps", 1200)
@@ -227,8 +236,6 @@ def test_a_run_trains_resumes_evaluates_and_is_loaded(words, command):
     envs = ale_py.AtariVectorEnv("carnival", 2, autoreset_mode=SAME_STEP, **TINY)
     agent = dqn_jax.load_run("runs/one", envs)
     assert envs.action_space.contains(np.asarray(agent.batch_act(envs.reset(seed=0)[0]), np.int64))
-    _, again, _ = command(*train, "--name", "again")
-    assert again["state_sha256"] == summary["state_sha256"]
 
 
 @pytest.mark.parametrize(
