@@ -19,14 +19,14 @@ import numpy as np
 import tyro
 from gymnasium.wrappers import RecordVideo
 
-from dqn_jax import envs
+from dqn_jax import atari, envs
 from dqn_jax.bench.command import SECTIONS, bench
 from dqn_jax.experiment import say, train
 from dqn_jax.options import elsewhere
 from dqn_jax.presets.reading import encoder_of
 from dqn_jax.presets.table import ALGORITHMS
 from dqn_jax.programs import compute_inline, device_per_core, usable_cores
-from dqn_jax.runs import Task, best_learner, greedy_policy, play_greedily, read_task
+from dqn_jax.runs import Task, best_learner, greedy_policy, make_env, play_greedily, read_task
 from dqn_jax.seeds import num_devices
 from dqn_jax.statistics import iqm
 from dqn_jax.training import evaluate
@@ -42,8 +42,8 @@ class Train:
     """Trains an agent: step by step in a Gymnasium environment, compiled whole in a JAX one."""
 
     env: Annotated[str | None, tyro.conf.Positional] = None
-    """Gymnasium id (CartPole-v1), or a JAX environment (phys2d/CartPole-v1, gymnax/Catch-bsuite, pgx/minatar-breakout). Not needed with
-    --resume."""
+    """Gymnasium id (CartPole-v1, ALE/Pong-v5), or a JAX environment (phys2d/CartPole-v1, gymnax/Catch-bsuite, pgx/minatar-breakout). Not
+    needed with --resume."""
     algo: Literal[tuple(ALGORITHMS)] = "dqn"  # type: ignore[valid-type]
     """The algorithm; which presets and options there are depends on it (dqn-jax train --algo ppo --help)."""
     steps: int | None = None
@@ -231,7 +231,7 @@ def _has_large_images(task: Task) -> bool:
     try:
         if envs.is_jax_env(task.env):  # Making one would start JAX, and then it is too late to choose. Theirs are small.
             return False
-        env = gymnasium.make(task.env, **task.env_args)
+        env = make_env(task.env, **task.env_args)
     except Exception:  # What is wrong is said when the run makes its own.
         return False
     env.close()
@@ -267,8 +267,13 @@ def _print_summary(summary: dict[str, Any]) -> None:
     if not summary["complete"]:
         print(f"stopped early; go on with: dqn-jax train --resume {summary['run']}")
     else:
-        shown_in = "[--env GYMNASIUM_ID --render]" if envs.is_jax_env(summary["env"]) else "[--render]"
-        print(f"play it with: dqn-jax eval {summary['run']} {shown_in}")
+        print(f"play it with: dqn-jax eval {summary['run']} [{_shown_with(summary['env'])}]")
+
+
+def _shown_with(env_id: str) -> str:
+    if atari.is_atari(env_id):
+        return "--video FILE"
+    return "--env GYMNASIUM_ID --render" if envs.is_jax_env(env_id) else "--render"
 
 
 def _eval(command: Eval) -> dict[str, Any]:
@@ -276,7 +281,7 @@ def _eval(command: Eval) -> dict[str, Any]:
     if command.episodes < 1:
         raise ValueError(f"--episodes must be at least 1, got {command.episodes}")
     compiled = envs.is_jax_env(task.env)
-    world = envs.make(task.env, **task.env_args) if compiled else gymnasium.make(task.env, **task.env_args)
+    world = envs.make(task.env, **task.env_args) if compiled else make_env(task.env, **task.env_args)
     agent = ALGORITHMS[task.algo].build(world, **task.options)
     learner = best_learner(command.run, command.seed, agent, world.observation_space)
     if isinstance(world, Env) and not (command.render or command.video or command.env):
@@ -313,14 +318,14 @@ def _play_and_show(command: Eval, env_id: str, env_args: dict[str, Any], choose:
     seeds = range(command.seed + 20_000, command.seed + 20_000 + command.episodes)
     if command.video is not None:
         with tempfile.TemporaryDirectory() as folder:
-            env: Any = RecordVideo(gymnasium.make(env_id, render_mode="rgb_array", **env_args), folder, disable_logger=True)
+            env: Any = RecordVideo(make_env(env_id, render_mode="rgb_array", **env_args), folder, disable_logger=True)
             yield play_greedily(choose, env, seeds[0])
             env.close()
             command.video.parent.mkdir(parents=True, exist_ok=True)
             shutil.move(next(Path(folder).glob("*.mp4")), command.video)
         say(f"video: {command.video}")
         seeds = seeds[1:]
-    env = gymnasium.make(env_id, render_mode="human" if command.render else None, **env_args)
+    env = make_env(env_id, render_mode="human" if command.render else None, **env_args)
     for seed in seeds:
         yield play_greedily(choose, env, seed)
     env.close()

@@ -14,7 +14,7 @@ import numpy as np
 from gymnasium.envs.functional_jax_env import FunctionalJaxEnv
 from gymnasium.experimental.functional import FuncEnv
 
-from dqn_jax import spaces
+from dqn_jax import atari, spaces
 from dqn_jax.types import Env, Masked, Step
 
 
@@ -173,6 +173,8 @@ def is_jax_env(env_id: str) -> bool:
     """Whether ``make`` knows the id: ``gymnax/NAME``, ``pgx/NAME``, or a Gymnasium id whose environment is a FuncEnv."""
     if env_id.startswith(("gymnax/", "pgx/")):
         return True
+    if atari.is_atari(env_id):  # Gymnasium does not know it before ale-py is imported.
+        return False
     entry_point = gymnasium.spec(env_id).entry_point
     if isinstance(entry_point, str):
         module, _, name = entry_point.partition(":")
@@ -281,20 +283,30 @@ def _from_gymnax_space(space: Any, seen: Any = None) -> gymnasium.Space:
     raise NotImplementedError(f"gymnax space {space} is not supported")
 
 
-def true_successors(observation: Any, infos: dict[str, Any]) -> Any:
+def true_successors(observation: Any, infos: dict[str, Any], ended: Any = None) -> Any:
     """The true successors out of what a Gymnasium vector environment returned with SAME_STEP auto-reset.
 
     Args:
       observation: ``[N, ...]`` what ``step`` returned: for ended environments the first observation of the next episode.
       infos: what ``step`` returned; ``final_obs`` holds the last observation of the ended ones.
+      ended: ``[N]`` bool, ``terminated | truncated``; may be left out where the infos say it (``_final_obs``), as those of Gymnasium's own
+        vector environments do. ale-py's do not, and the other rows of its ``final_obs`` mean nothing.
 
     Returns:
       A new ``[N, ...]``, to hand to ``batch_act_and_train`` as ``next_observation``.
+
+    Raises:
+      ValueError: if nothing says which environments ended.
     """
     successor = jax.tree.map(np.array, observation)
     if "final_obs" not in infos:
         return successor
-    for index in np.flatnonzero(infos["_final_obs"]):
+    mask = infos.get("_final_obs") if ended is None else ended
+    if mask is None:
+        raise ValueError(
+            "these infos do not say which environments ended: pass true_successors(observation, infos, terminated | truncated)"
+        )
+    for index in np.flatnonzero(mask):
 
         def put(stored: np.ndarray, final: Any, row: int = int(index)) -> None:
             stored[row] = final

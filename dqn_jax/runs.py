@@ -8,7 +8,7 @@ agent) and ``updates``.
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dqn_jax import checkpoint, envs, footprint, seeds, spaces, training
+from dqn_jax import atari, checkpoint, envs, footprint, seeds, spaces, training
 from dqn_jax.online import OnlineAgent
 from dqn_jax.presets.reading import read_spaces
 from dqn_jax.presets.table import ALGORITHMS
@@ -66,18 +66,21 @@ class HostRuns:
         footprint.require_room(jax.eval_shape(one.init, jax.random.key(0), example), task.seeds)
         self._agents = [preset.online(env, seed=task.seed + i, **task.options) for i, env in enumerate(self._envs)]
         self._begin()
-        self._eval_env = gymnasium.make(task.env, **task.env_args)
+        self._eval_env = make_env(task.env, **task.env_args)
         self._rows = max(1, round(task.steps / CHUNKS / task.num_envs))
 
     def _begin(self) -> None:
         """New episodes in all environments; after a resume not those with which the run began."""
         loop = _play if self.task.num_envs == 1 else _play_batch
         seeds = np.random.SeedSequence([self.task.seed, self.steps]).generate_state(self.task.seeds)
-        self._loops = [loop(*one) for one in zip(self._agents, self._envs, map(int, seeds), strict=True)]
+        learnt = atari.learnt_reward(self.task.env_args) if atari.is_atari(self.task.env) else lambda reward: reward
+        self._loops = [loop(*one, learnt) for one in zip(self._agents, self._envs, map(int, seeds), strict=True)]
 
     def _make(self) -> Any:
         if self.task.num_envs == 1:
-            return gymnasium.make(self.task.env, **self.task.env_args)
+            return make_env(self.task.env, **self.task.env_args)
+        if atari.is_atari(self.task.env):
+            return atari.make_vec(self.task.env, self.task.num_envs, **self.task.env_args)
         same_step = {"autoreset_mode": gymnasium.vector.AutoresetMode.SAME_STEP}
         return gymnasium.make_vec(
             self.task.env, self.task.num_envs, vectorization_mode="sync", vector_kwargs=same_step, **self.task.env_args
@@ -278,24 +281,25 @@ def greedy_policy(agent: Agent, learner: Any, observation_space: gymnasium.Space
     return lambda observation: leave(exploit(learner, check(observation))[0])
 
 
-def _play(agent: Any, env: gymnasium.Env, seed: int) -> Iterator[list[tuple[float, int]]]:
-    """Steps one environment for ever; yields the return and length of the episode that the step ended, if it did."""
+def _play(agent: Any, env: gymnasium.Env, seed: int, learnt: Callable[[Any], Any]) -> Iterator[list[tuple[float, int]]]:
+    """Steps one environment for ever, the agent learning from ``learnt(reward)``; yields the return and length of the episode that the step
+    ended, if it did."""
     observation, _ = env.reset(seed=seed)
     reward, total, length = 0.0, 0.0, 0
     while True:
-        action = agent.act_and_train(observation, reward)
+        action = agent.act_and_train(observation, learnt(reward))
         observation, reward, terminated, truncated, _ = env.step(action)  # type: ignore[assignment]
         total, length = total + float(reward), length + 1
         if not (terminated or truncated):
             yield []
             continue
-        agent.stop_episode_and_train(observation, reward, terminated=bool(terminated))
+        agent.stop_episode_and_train(observation, learnt(reward), terminated=bool(terminated))
         observation, _ = env.reset()
         yield [(total, length)]
         total, length = 0.0, 0
 
 
-def _play_batch(agent: Any, env: gymnasium.vector.VectorEnv, seed: int) -> Iterator[list[tuple[float, int]]]:
+def _play_batch(agent: Any, env: gymnasium.vector.VectorEnv, seed: int, learnt: Callable[[Any], Any]) -> Iterator[list[tuple[float, int]]]:
     """As ``_play``, for a vector environment."""
     observation, _ = env.reset(seed=seed)
     total, length = np.zeros(env.num_envs), np.zeros(env.num_envs, int)
@@ -306,8 +310,13 @@ def _play_batch(agent: Any, env: gymnasium.vector.VectorEnv, seed: int) -> Itera
         ended = terminated | truncated
         yield [(float(total[i]), int(length[i])) for i in np.flatnonzero(ended)]
         total, length = np.where(ended, 0.0, total), np.where(ended, 0, length)
-        successor = envs.true_successors(observation, infos)
-        action = agent.batch_act_and_train(observation, reward, terminated, truncated, successor)
+        successor = envs.true_successors(observation, infos, ended)
+        action = agent.batch_act_and_train(observation, learnt(reward), terminated, truncated, successor)
+
+
+def make_env(env_id: str, **env_args: Any) -> gymnasium.Env:
+    """One Gymnasium environment by its id, also ``ALE/NAME-v5``; see ``atari.make``."""
+    return atari.make(env_id, **env_args) if atari.is_atari(env_id) else gymnasium.make(env_id, **env_args)
 
 
 def make_runs(task: Task) -> HostRuns | CompiledRuns:

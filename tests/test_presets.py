@@ -83,10 +83,9 @@ def test_a_million_frames_fit_in_what_the_readme_says():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_makes_an_agent(name):
-    images = {"minatar": image(10, 10, 4, dtype=bool), "atari": image(4, 84, 84)}
-    space = images.get(name) or gymnasium.make("CartPole-v1").observation_space
-    capacity = {"capacity": 20_000} if name == "atari" else {}  # Of a million frames, seven gigabytes.
-    dqn_jax.DQN((space, ACTIONS), **{**PRESETS[name], **capacity})
+    images = {"minatar": image(10, 10, 4, dtype=bool), "atari": image(4, 36, 36)}
+    space = images.get(name, gymnasium.make("CartPole-v1").observation_space)
+    dqn_jax.DQN((space, ACTIONS), **PRESETS[name])
 
 
 @pytest.mark.parametrize("name", ["rnd_paper", "snd_v", "snd_std", "snd_vic"])

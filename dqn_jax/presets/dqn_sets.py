@@ -51,6 +51,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "update_interval": 2,
         "epsilon": (1.0, 0.05, 15_000),
     },
+    # The papers keep a million frames, this a fifth of them: 1.4 GB.
     "atari": {
         "learning_rate": 6.25e-5,
         "adam_epsilon": 1.5e-4,
@@ -59,7 +60,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "double": False,
         "n_steps": 1,
         "batch_size": 32,
-        "capacity": 1_000_000,
+        "capacity": 200_000,
         "frames": "stack_first",
         "replay_start_size": 20_000,
         "update_interval": 4,
