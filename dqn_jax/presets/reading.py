@@ -91,7 +91,7 @@ def encoder_of(encoder: str, observation_space: gymnasium.Space, frames: str = "
 
 
 def q_network(
-    options: Any, observation_space: gymnasium.Space, num_actions: int, flat: tuple[int, ...] = (64, 64)
+    options: Any, observation_space: gymnasium.Space, num_actions: int, flat: tuple[int, ...] = (64, 64), *, layer_norm: bool = False
 ) -> networks.QNetwork | networks.ConvQNetwork:
     """The network that gives one value per action, by the options ``encoder``, ``hidden`` and, where there is one, ``frames``.
 
@@ -100,10 +100,12 @@ def q_network(
       observation_space: of one environment.
       num_actions: A.
       flat: widths of the hidden layers for vectors, unless the options give some.
+      layer_norm: whether layers are normalised.
     """
     hidden = options.hidden
     encoder, channels_first = encoder_of(options.encoder, observation_space, getattr(options, "frames", "off"))
     if encoder == "flat":
-        return networks.QNetwork(num_actions, tuple(hidden or flat), spaces.features(observation_space))
+        return networks.QNetwork(num_actions, tuple(hidden or flat), spaces.features(observation_space), layer_norm=layer_norm)
     convolutions, default = (networks.NATURE, (512,)) if encoder == "nature" else (networks.MINATAR, (128,))
-    return networks.ConvQNetwork(num_actions, convolutions, tuple(hidden or default), spaces.image(observation_space, channels_first))
+    image = spaces.image(observation_space, channels_first)
+    return networks.ConvQNetwork(num_actions, convolutions, tuple(hidden or default), image, layer_norm=layer_norm)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from dqn_jax.online import OnlineAgent
 from dqn_jax.presets.dqn import DQN, PRESETS, DQNOptions, dqn, dqn_options, epsilon_schedule
 from dqn_jax.presets.ppo import PPO, PPO_PRESETS, PPOOptions, ppo
+from dqn_jax.presets.pqn import PQN, PQN_PRESETS, PQNOptions, exploration, pqn, pqn_options
 from dqn_jax.presets.sac import SAC, SAC_PRESETS, SACOptions, sac
 from dqn_jax.types import Agent
 
@@ -28,12 +29,17 @@ class Preset(NamedTuple):
     scheduled: Callable[[int, dict[str, Any]], dict[str, float]]
 
 
-def _epsilon(steps: int, options: dict[str, Any]) -> dict[str, float]:
+def _dqn_epsilon(steps: int, options: dict[str, Any]) -> dict[str, float]:
     return {"epsilon": float(epsilon_schedule(dqn_options(**options))(steps))}
 
 
+def _pqn_epsilon(steps: int, options: dict[str, Any]) -> dict[str, float]:
+    return {"epsilon": float(exploration(pqn_options(**options))(steps))}
+
+
 ALGORITHMS: dict[str, Preset] = {
-    "dqn": Preset(DQNOptions, PRESETS, dqn, DQN, _epsilon),
+    "dqn": Preset(DQNOptions, PRESETS, dqn, DQN, _dqn_epsilon),
     "ppo": Preset(PPOOptions, PPO_PRESETS, ppo, PPO, lambda steps, options: {}),
+    "pqn": Preset(PQNOptions, PQN_PRESETS, pqn, PQN, _pqn_epsilon),
     "sac": Preset(SACOptions, SAC_PRESETS, sac, SAC, lambda steps, options: {}),
 }
