@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any, Literal
 
 import optax
@@ -88,11 +87,6 @@ def pqn_options(**options: Any) -> PQNOptions:
     return o
 
 
-def exploration(options: PQNOptions) -> Callable[[Any], Any]:
-    """The chance of a random action as a function of the transitions stored."""
-    return schedule(options.epsilon)
-
-
 def pqn(env_or_spaces: Any, *, network: Any = None, optimizer: optax.GradientTransformation | None = None, **options: Any) -> Agent:
     """A PQN agent as pure functions.
 
@@ -128,7 +122,7 @@ def pqn(env_or_spaces: Any, *, network: Any = None, optimizer: optax.GradientTra
     algorithm = pqn_algorithm(
         network,
         optimizer,
-        epsilon=exploration(o),
+        epsilon=schedule(o.epsilon),
         lambda_=o.q_lambda,
         epochs=o.epochs,
         minibatch_size=o.batch_size,
@@ -168,7 +162,7 @@ class PQN(OnlineAgent):
     ):
         observation_space, action_space, num_envs = read_env(env_or_spaces, num_envs, seed)
         agent = pqn((observation_space, action_space), network=network, optimizer=optimizer, **options)
-        self._epsilon = exploration(pqn_options(**options))
+        self._epsilon = schedule(pqn_options(**options).epsilon)
         super().__init__(agent, observation_space, action_space, num_envs=num_envs, seed=seed, state=state)
 
     @classmethod

@@ -4,9 +4,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from dqn_jax.online import OnlineAgent
+from dqn_jax.options import schedule
 from dqn_jax.presets.dqn import DQN, PRESETS, DQNOptions, dqn, dqn_options, epsilon_schedule
 from dqn_jax.presets.ppo import PPO, PPO_PRESETS, PPOOptions, ppo
-from dqn_jax.presets.pqn import PQN, PQN_PRESETS, PQNOptions, exploration, pqn, pqn_options
+from dqn_jax.presets.pqn import PQN, PQN_PRESETS, PQNOptions, pqn, pqn_options
 from dqn_jax.presets.sac import SAC, SAC_PRESETS, SACOptions, sac
 from dqn_jax.types import Agent
 
@@ -34,7 +35,7 @@ def _dqn_epsilon(steps: int, options: dict[str, Any]) -> dict[str, float]:
 
 
 def _pqn_epsilon(steps: int, options: dict[str, Any]) -> dict[str, float]:
-    return {"epsilon": float(exploration(pqn_options(**options))(steps))}
+    return {"epsilon": float(schedule(pqn_options(**options).epsilon)(steps))}
 
 
 ALGORITHMS: dict[str, Preset] = {
