@@ -10,7 +10,7 @@ from gymnasium import spaces
 from linear_networks import linear, policy_and_value
 
 import dqn_jax
-from dqn_jax import DQN, PPO, SAC
+from dqn_jax import DQN, PPO, PQN, SAC
 from dqn_jax.curiosity.curious import CuriousState
 from dqn_jax.memory.prioritized import Prioritized
 
@@ -39,6 +39,13 @@ KINDS = {
     "ppo": Kind(
         dqn_jax.ppo, PPO, ("params",), {"hidden": (8,), "rollout_length": 64, "batch_size": 32, "epochs": 2, "learning_rate": 1e-4}, 8
     ),
+    "pqn": Kind(
+        dqn_jax.pqn,
+        PQN,
+        ("params",),
+        {"hidden": (8,), "rollout_length": 64, "batch_size": 32, "epochs": 2, "learning_rate": 1e-4, "epsilon": (1.0, 0.5, 500)},
+        8,
+    ),
     "sac": Kind(dqn_jax.sac, SAC, ("actor", "critics", "log_temperature"), REPLAY, 300),
 }
 SMALL = KINDS["dqn"].options
@@ -65,6 +72,8 @@ CASES = {
     ),
     "DQN, four, curious": ("dqn", 4, {"curiosity": "rnd", "n_steps": 1, "prioritized": True}),
     "PPO, one, curious": ("ppo", 1, {"rollout_length": 256, "curiosity": "snd-vic"}),
+    "PQN, one": ("pqn", 1, {"rollout_length": 256}),
+    "PQN, four": ("pqn", 4, {"network": linear(2)}),
     "SAC, one, pushed": ("sac", 1, {}),
     "SAC, four, prioritized n-step": (
         "sac",
