@@ -651,9 +651,7 @@ def test_a_rollout_that_does_not_divide_is_refused_with_the_numbers_before_anyth
 
 
 def test_a_rollout_of_pqn_and_a_mask_must_fit_too():
-    with pytest.raises(
-        ValueError, match=r"a rollout of 5 steps of 3 environment\(s\), 15 transitions, does not divide into minibatches of 4"
-    ):
+    with pytest.raises(ValueError, match=r"5 steps of 3 environment\(s\), 15 transitions, does not divide into minibatches of 4"):
         PQN(PLAIN, num_envs=3, rollout_length=5, batch_size=4)
     with pytest.raises(ValueError, match=r"action_mask has shape \(2,\), there are 3 actions"):
         PQN((MASKED[0], spaces.Discrete(3)))

@@ -73,7 +73,7 @@ CASES = {
     "DQN, four, curious": ("dqn", 4, {"curiosity": "rnd", "n_steps": 1, "prioritized": True}),
     "PPO, one, curious": ("ppo", 1, {"rollout_length": 256, "curiosity": "snd-vic"}),
     "PQN, one": ("pqn", 1, {"rollout_length": 256}),
-    "PQN, four": ("pqn", 4, {"network": linear(2)}),
+    "PQN, four": ("pqn", 4, {"epsilon": 0.5, "learning_rate": 1e-5}),
     "SAC, one, pushed": ("sac", 1, {}),
     "SAC, four, prioritized n-step": (
         "sac",
