@@ -34,14 +34,14 @@ class PQNOptions:
     """Discount factor per environment step, in [0, 1]."""
     q_lambda: float = 0.95
     """Lambda of the targets, in [0, 1]: 0 bootstraps after one step, 1 at the ends of episodes and of the rollout only."""
-    learning_rate: tuple[float, float, int] | float = 5e-4
+    learning_rate: tuple[float, float, int] | float = (1e-3, 1e-4, 100_000)
     """Step size of RAdam: a constant; or start, end and the transitions between (linear); in Python also an optax schedule of transitions.
     Unused where an optimizer is given."""
-    rollout_length: int = 128
+    rollout_length: int = 256
     """Steps of each environment between two updates."""
     batch_size: int = 64
     """Transitions in a minibatch; it must divide rollout_length times num_envs."""
-    epochs: int = 4
+    epochs: int = 8
     """Times that each rollout is learnt from."""
     encoder: Literal["auto", "flat", "nature", "minatar"] = "auto"
     """What the network sees first: the observation as one vector, or the convolutions of Mnih et al. (2015) or of MinAtar. "auto" takes
