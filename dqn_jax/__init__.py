@@ -3,6 +3,7 @@
 from dqn_jax.agent import assemble
 from dqn_jax.algorithms.dqn import DQNState
 from dqn_jax.algorithms.ppo import PPOState
+from dqn_jax.algorithms.pqn import PQNState
 from dqn_jax.algorithms.sac import SACState
 from dqn_jax.checkpoint import CheckpointError, digest
 from dqn_jax.envs import from_func_env, from_gymnax, from_pgx, make, true_successors
@@ -10,6 +11,7 @@ from dqn_jax.online import OnlineAgent
 from dqn_jax.presets.dqn import DQN, DQNOptions, dqn
 from dqn_jax.presets.dqn_sets import C51_PRESETS, IQN_PRESETS, PRESETS, QRDQN_PRESETS, RAINBOW_PRESETS
 from dqn_jax.presets.ppo import PPO, PPO_PRESETS, PPOOptions, ppo
+from dqn_jax.presets.pqn import PQN, PQN_PRESETS, PQNOptions, pqn
 from dqn_jax.presets.sac import SAC, SAC_PRESETS, SACOptions, sac
 from dqn_jax.programs import compute_inline, device_per_core
 from dqn_jax.runs import load_run
@@ -48,6 +50,7 @@ __all__ = [
     "DQNState",
     "PPOState",
     "SACState",
+    "PQNState",
     "assemble",
     "make",
     "from_func_env",
@@ -76,6 +79,10 @@ __all__ = [
     "SAC_PRESETS",
     "sac",
     "SAC",
+    "PQNOptions",
+    "PQN_PRESETS",
+    "pqn",
+    "PQN",
     "compute_inline",
     "device_per_core",
     "load_run",

@@ -33,20 +33,28 @@ class QNetwork(nn.Module):
       features: from a batch of observations, any pytree of ``[B, ...]``, to vectors ``[B, F]``.
       dtype: in which to compute, for example ``jnp.bfloat16``; by default that of inputs and parameters together, as in flax.
         Parameters stay float32.
+      layer_norm: whether each hidden layer is normalised before its ReLU, over its units (Ba et al., "Layer normalization", 2016), with a
+        learnt scale and bias: what PQN needs.
     """
 
     num_actions: int
     hidden: Sequence[int] = (64, 64)
     features: Callable[[chex.ArrayTree], chex.Array] = flatten
     dtype: Any = None
+    layer_norm: bool = False
 
     @nn.compact
     def __call__(self, observation: chex.ArrayTree) -> chex.Array:
         """The values ``[B, A]`` of a batch of observations ``[B, ...]``, float32 in whatever type they were computed."""
         x = self.features(observation)  # [B, F]
         for width in self.hidden:
-            x = nn.relu(nn.Dense(width, dtype=self.dtype)(x))
+            x = nn.relu(_normalised(nn.Dense(width, dtype=self.dtype)(x), self.layer_norm))
         return nn.Dense(self.num_actions, dtype=self.dtype)(x).astype(jnp.float32)  # [B, A]
+
+
+def _normalised(x: chex.Array, layer_norm: bool) -> chex.Array:
+    """``x``, over its last axis where that is asked for; called inside a module, to which scale and bias then belong."""
+    return nn.LayerNorm(dtype=x.dtype)(x) if layer_norm else x
 
 
 # Convolutions for ``ConvQNetwork``, as (filters, kernel size, stride), and the hidden layers that go with them.
@@ -137,6 +145,7 @@ class ConvQNetwork(nn.Module):
       hidden: width of each hidden layer after them.
       image: from a batch of observations to images ``[B, H, W, C]`` of float32, for example ``spaces.image(space)``.
       dtype: in which to compute, as for ``QNetwork``.
+      layer_norm: as for ``QNetwork``, also after each convolution, at each place over its filters.
     """
 
     num_actions: int
@@ -144,6 +153,7 @@ class ConvQNetwork(nn.Module):
     hidden: Sequence[int]
     image: Callable[[chex.ArrayTree], chex.Array]
     dtype: Any = None
+    layer_norm: bool = False
 
     @nn.compact
     def __call__(self, observation: chex.ArrayTree) -> chex.Array:
@@ -153,9 +163,10 @@ class ConvQNetwork(nn.Module):
           ValueError: if a kernel does not fit the image that reaches it.
         """
         image = self.image(observation)  # [B, H, W, C]
-        x = flatten(convolve([Conv(*each, self.dtype) for each in self.convolutions], image))  # [B, F]
+        layers = [Conv(*each, self.dtype) for each in self.convolutions]
+        x = flatten(convolve(layers, image, lambda x: nn.relu(_normalised(x, self.layer_norm))))  # [B, F]
         for features in self.hidden:
-            x = nn.relu(nn.Dense(features, dtype=self.dtype)(x))
+            x = nn.relu(_normalised(nn.Dense(features, dtype=self.dtype)(x), self.layer_norm))
         return nn.Dense(self.num_actions, dtype=self.dtype)(x).astype(jnp.float32)  # [B, A]
 
 

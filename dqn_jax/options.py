@@ -51,7 +51,7 @@ ELSEWHERE = {
     "norm_adv": ("normalize_advantage",),
     "standardize_advantages": ("normalize_advantage",),
     "ent_coef": ("entropy_coef", "initial_temperature"),
-    "lambd": ("gae_lambda",),
+    "lambd": ("gae_lambda", "q_lambda"),
     "temperature": ("initial_temperature",),
     "entropy_target": ("target_entropy",),
     "start_e": ("epsilon",),
@@ -195,6 +195,19 @@ def require_replay(o: Any) -> None:
         )
     require_number("alpha", o.alpha, 0, 1)
     require_schedule("beta", o.beta)
+
+
+def require_rollout(o: Any, smallest_batch: int = 1) -> None:
+    """Raises TypeError or ValueError, naming the option, unless the options of learning from rollouts are in range."""
+    require_rate("learning_rate", o.learning_rate)
+    for name, low in {"rollout_length": 1, "batch_size": smallest_batch, "epochs": 1}.items():
+        require_int(name, getattr(o, name), low)
+
+
+def rollout_rate(o: Any) -> Callable[[Any], Any]:
+    """The option ``learning_rate``, a schedule of transitions, as one of minibatches, which is what optimizers count."""
+    rate = schedule(o.learning_rate)
+    return lambda count: rate(count * (o.batch_size / o.epochs))
 
 
 def require_functions(name: str, given: Any, functions: tuple[str, ...]) -> None:

@@ -172,3 +172,40 @@ def gae(
         return advantage, advantage
 
     return jax.lax.scan(back, jnp.zeros_like(td_error[0]), (td_error, carried), reverse=True)[1]
+
+
+def lambda_return(reward: chex.Array, discount: chex.Array, last: chex.Array, next_value: chex.Array, lambda_: chex.Numeric) -> chex.Array:
+    r"""Lambda-returns, over a stream that may hold many episodes.
+
+    .. math:: G_t = r_t + d_t \big((1 - \lambda_t)\, v'_t + \lambda_t G_{t+1}\big),
+       \qquad \lambda_t = \lambda \text{ where the episode goes on in row } t + 1, \text{ else } 0
+
+    With :math:`v'_t = \max_a q(o'_t, a)` these are the targets of Peng's Q(lambda): actions that were not greedy do not cut the sum. At
+    every end and at the end of the stream the value of the true successor stands in for what follows, unless the episode terminated there
+    (:math:`d_t = 0`). Peng and Williams, "Incremental multi-step Q-learning" (1996); Gallici et al., "Simplifying deep temporal difference
+    learning" (2024), section 3; Daley and Amato, "Reconciling lambda-returns with experience replay" (2019), the recursive form.
+
+    Args:
+      reward: ``[T]``.
+      discount: ``[T]``, the discount factor times 0 where the episode terminated.
+      last: ``[T]`` bool, the episode ended here.
+      next_value: ``[T]`` of the true successors.
+      lambda_: in [0, 1]: 0 is the one-step target, 1 the discounted return up to the end of the episode or of the stream.
+
+    Returns:
+      The returns ``[T]``.
+
+    Raises:
+      AssertionError: at trace time, if the four shapes differ or have not one axis.
+    """
+    chex.assert_rank([reward, discount, last, next_value], 1)
+    chex.assert_equal_shape([reward, discount, last, next_value])
+    trust = lambda_ * (1.0 - last)  # [T]
+
+    def back(following: chex.Array, row: tuple[chex.Array, ...]) -> tuple[chex.Array, chex.Array]:
+        reward, discount, next_value, trust = row
+        total = reward + discount * ((1.0 - trust) * next_value + trust * following)
+        return total, total
+
+    # Behind the last row nothing is known but the value of its successor.
+    return jax.lax.scan(back, next_value[-1], (reward, discount, next_value, trust), reverse=True)[1]

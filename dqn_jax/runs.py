@@ -247,7 +247,7 @@ def load_run(folder: str | os.PathLike, env: Any, *, seed: int = 0, num_envs: in
         is new, has learnt something about each of its environments, so it needs as many as in the run.
 
     Returns:
-      A ``DQN``, ``PPO`` or ``SAC``, as the run's.
+      A ``DQN``, ``PPO``, ``PQN`` or ``SAC``, as the run's.
 
     Raises:
       ValueError: if the run has no such seed; and as ``DQN``.

@@ -10,7 +10,7 @@ from gymnasium import spaces
 from linear_networks import action_value, linear, policy_and_value
 
 import dqn_jax
-from dqn_jax import DQN, PPO, SAC, CheckpointError, Masked, footprint
+from dqn_jax import DQN, PPO, PQN, SAC, CheckpointError, Masked, footprint
 from dqn_jax.algorithms.sac import Optimizers
 from dqn_jax.networks import Network
 
@@ -585,7 +585,7 @@ def test_what_another_algorithm_learnt_is_refused_by_name(agents, tmp_path):
         PPO.from_state(PLAIN, agents["plain"].state, **ROLLOUT)
 
 
-@pytest.mark.parametrize("build", [dqn_jax.dqn, dqn_jax.ppo, dqn_jax.sac])
+@pytest.mark.parametrize("build", [dqn_jax.dqn, dqn_jax.ppo, dqn_jax.pqn, dqn_jax.sac])
 def test_the_pure_agents_say_where_seed_and_environments_go(build):
     with pytest.raises(TypeError, match=r"no option 'num_envs': it goes to dqn_jax.train\(agent, env, num_envs=...\), or to"):
         build(PLAIN, num_envs=4)
@@ -604,7 +604,7 @@ def test_bounds_whose_distance_is_beyond_32_bits_are_refused():
         SAC((PLAIN[0], spaces.Box(-3e38, 3e38, (1,), np.float64)), **REPLAY)
 
 
-# PPO and SAC: what they do not share with DQN.
+# PPO, PQN and SAC: what they do not share with DQN.
 
 ROLLOUT = {"network": policy_and_value(2), "optimizer": optax.sgd(1e-6), "rollout_length": 4, "batch_size": 4}
 REPLAY = {"actor": linear(2), "critic": linear(2), "batch_size": 4, "capacity": 32, "replay_start_size": 4}
@@ -624,6 +624,8 @@ OTHER_ACTIONS = [
     ("SAC", spaces.MultiBinary(2), ValueError, "got MultiBinary(2)"),
     ("SAC", TUPLE, ValueError, "got Tuple(Discrete(2), Box"),
     ("SAC", spaces.Discrete(3, start=1), NotImplementedError, "actions must start at 0, got Discrete(3, start=1)"),
+    ("PQN", FLOAT_BOX, ValueError, "PQN needs a Discrete action space, got Box"),
+    ("PQN", spaces.Discrete(3, start=1), NotImplementedError, "actions must start at 0, got Discrete(3, start=1)"),
     ("PPO", TUPLE, NotImplementedError, "PPO has no distribution for the action space Tuple(Discrete(2), Box"),
     ("PPO", spaces.Dict({"a": FLOAT_BOX}), NotImplementedError, "PPO has no distribution for the action space Dict"),
     ("PPO", INTEGERS, NotImplementedError, "it knows Discrete, MultiDiscrete and Box of floats"),
@@ -636,7 +638,7 @@ OTHER_ACTIONS = [
 
 @pytest.mark.parametrize(("algorithm", "actions", "kind", "message"), OTHER_ACTIONS)
 def test_actions_that_an_algorithm_does_not_serve(algorithm, actions, kind, message):
-    for build in {"SAC": (SAC, dqn_jax.sac), "PPO": (PPO, dqn_jax.ppo)}[algorithm]:
+    for build in {"SAC": (SAC, dqn_jax.sac), "PQN": (PQN, dqn_jax.pqn), "PPO": (PPO, dqn_jax.ppo)}[algorithm]:
         with pytest.raises(Exception) as caught:
             build((PLAIN[0], actions))
         check(caught, kind, message)
@@ -661,6 +663,13 @@ def test_a_rollout_that_does_not_divide_is_refused_with_the_numbers_before_anyth
     with pytest.raises(ValueError, match=said):
         dqn_jax.train(agent, env, num_envs=3, num_steps=100)
     dqn_jax.train(agent, env, num_envs=4, num_steps=100)
+
+
+def test_a_rollout_of_pqn_and_a_mask_must_fit_too():
+    with pytest.raises(ValueError, match=r"5 steps of 3 environment\(s\), 15 transitions, does not divide into minibatches of 4"):
+        PQN(PLAIN, num_envs=3, rollout_length=5, batch_size=4)
+    with pytest.raises(ValueError, match=r"action_mask has shape \(2,\), there are 3 actions"):
+        PQN((MASKED[0], spaces.Discrete(3)))
 
 
 def test_a_sac_agent_too_needs_environments_that_fit_its_interval():
@@ -734,6 +743,32 @@ PPO_OPTIONS = [
     ({"num_envs": 0}, ValueError, "num_envs must be at least 1, got 0"),
     ({"seed": 0.5}, TypeError, "seed must be a whole number, got 0.5"),
 ]
+PQN_OPTIONS = [
+    ({"bath_size": 4}, TypeError, "PQN has no option 'bath_size': did you mean batch_size?"),
+    ({"lambd": 0.5}, TypeError, "PQN has no option 'lambd': did you mean q_lambda?"),
+    ({"gae_lambda": 0.5}, TypeError, "PQN has no option 'gae_lambda': did you mean q_lambda?"),
+    ({"n_epochs": 3}, TypeError, "did you mean epochs?"),
+    ({"end_e": 0.1}, TypeError, "did you mean epsilon?"),
+    ({"capacity": 4}, TypeError, "PQN has no option 'capacity': the options are batch_size, encoder, epochs, epsilon, "),
+    ({"rollout_length": 0}, ValueError, "rollout_length must be at least 1, got 0"),
+    ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
+    ({"batch_size": 3}, ValueError, "4 transitions, does not divide into minibatches of 3"),
+    ({"epochs": 2.5}, TypeError, "epochs must be a whole number, got 2.5"),
+    ({"gamma": 1.5}, ValueError, "gamma must be in [0, 1], got 1.5"),
+    ({"q_lambda": -0.1}, ValueError, "q_lambda must be in [0, 1], got -0.1"),
+    ({"q_lambda": None}, TypeError, "q_lambda must be a number, got None"),
+    ({"epsilon": 1.5}, ValueError, "epsilon must be in [0, 1], got 1.5"),
+    ({"epsilon": (1.0, 0.1)}, ValueError, "epsilon must be (start, end, steps between), a number or a schedule"),
+    ({"learning_rate": 0}, ValueError, "learning_rate must be in (0, inf], got 0"),
+    ({"learning_rate": (1e-3, -1.0, 10)}, ValueError, "learning_rate's end must be in [0, inf], got -1.0"),
+    ({"max_grad_norm": 0}, ValueError, "max_grad_norm must be in (0, inf], got 0"),
+    ({"layer_norm": 1}, TypeError, "layer_norm must be True or False, got 1"),
+    ({"encoder": "resnet"}, ValueError, "encoder must be one of 'auto', 'flat', 'nature', 'minatar', got 'resnet'"),
+    ({"hidden": ()}, ValueError, "hidden is empty"),
+    ({"network": "mlp"}, TypeError, "network must have the functions init and apply, got 'mlp'"),
+    ({"optimizer": "adam"}, TypeError, "optimizer must have the functions init and update, got 'adam'"),
+    ({"num_envs": 0}, ValueError, "num_envs must be at least 1, got 0"),
+]
 CURIOUS_OPTIONS = [
     ({"curiosity": "icm"}, ValueError, "curiosity must be one of 'off', 'rnd', 'snd-v', 'snd-std', 'snd-vic', got 'icm'"),
     ({"curiosity": "rnd", "n_steps": 3}, ValueError, "curiosity='rnd' pays for every step, and with n_steps=3 the replay gives only"),
@@ -797,6 +832,13 @@ SAC_OPTIONS = [
 def test_bad_option_of_ppo(options, kind, message):
     with pytest.raises(Exception) as caught:
         PPO(PLAIN, **{**ROLLOUT, **options})
+    check(caught, kind, message)
+
+
+@pytest.mark.parametrize(("options", "kind", "message"), PQN_OPTIONS)
+def test_bad_option_of_pqn(options, kind, message):
+    with pytest.raises(Exception) as caught:
+        PQN(PLAIN, **{**ROLLOUT, "network": linear(2), **options})
     check(caught, kind, message)
 
 
@@ -877,6 +919,7 @@ WORLDS = {
     "PPO, CartPole": (PPO, "CartPole-v1", ROLLOUT),
     "PPO, Pendulum": (PPO, "Pendulum-v1", ROLLOUT),
     "PPO, choices": (PPO, Choices, {**ROLLOUT, "network": policy_and_value(7)}),
+    "PQN, CartPole": (PQN, "CartPole-v1", {**ROLLOUT, "network": linear(2)}),
     "SAC, CartPole": (SAC, "CartPole-v1", REPLAY),
     "SAC, Pendulum": (SAC, "Pendulum-v1", NUMBERS),
 }
@@ -901,7 +944,7 @@ def test_actions_are_as_the_environment_takes_them(name):
     env.close()
 
 
-@pytest.mark.parametrize("name", ["PPO, CartPole", "PPO, Pendulum", "SAC, CartPole", "SAC, Pendulum"])
+@pytest.mark.parametrize("name", ["PPO, CartPole", "PPO, Pendulum", "PQN, CartPole", "SAC, CartPole", "SAC, Pendulum"])
 def test_bad_observations_and_rewards_leave_these_agents_as_they_were(name):
     kind, world, options = WORLDS[name]
     both = PLAIN[0], gymnasium.make(world).action_space

@@ -11,7 +11,7 @@ from gymnasium import spaces
 from linear_networks import action_value, linear, policy_and_value
 
 import dqn_jax
-from dqn_jax import DQN, PPO, SAC, CheckpointError, checkpoint
+from dqn_jax import DQN, PPO, PQN, SAC, CheckpointError, checkpoint
 from dqn_jax.algorithms.sac import Optimizers
 
 SPACES = (spaces.Box(-1e6, 1e6, (2,), np.float32), spaces.Discrete(3))
@@ -40,6 +40,7 @@ AGENTS = {
     "DQN, rainbow": lambda seed: DQN(SPACES, seed, **RAINBOW),
     "PPO": lambda seed: PPO(SPACES, seed, network=policy_and_value(3), **ROLLOUT),
     "PPO, box": lambda seed: PPO(BOX, seed, network=policy_and_value(4), normalize_observation=True, scale_reward=True, **ROLLOUT),
+    "PQN": lambda seed: PQN(SPACES, seed, network=linear(3), epsilon=(1.0, 0.1, 60), **ROLLOUT),
     "SAC": lambda seed: SAC(SPACES, seed, actor=linear(3), critic=linear(3), prioritized=True, **SOFT),
     "SAC, box": lambda seed: SAC(BOX, seed, actor=linear(4), critic=action_value(), **SOFT),
 }
@@ -193,6 +194,7 @@ def test_a_vector_agent_goes_on_too(make, tmp_path):
 COMPILED = {
     "DQN": lambda env: dqn_jax.dqn(env, **{**SMALL, "capacity": 300}),
     "PPO": lambda env: dqn_jax.ppo(env, network=policy_and_value(2), normalize_observation=True, scale_reward=True, **ROLLOUT),
+    "PQN": lambda env: dqn_jax.pqn(env, network=linear(2), **ROLLOUT),
     "SAC": lambda env: dqn_jax.sac(env, actor=linear(2), critic=linear(2), prioritized=True, **{**SOFT, "capacity": 300}),
 }
 

@@ -443,6 +443,11 @@ OTHERS = {
         "predictor_loss",
     ),
     "ppo, compiled": (["phys2d/Pendulum-v0", *ROLLOUTS, "--rollout-length", 25, "--num-envs", 4], dqn_jax.PPO, "explained_variance"),
+    "pqn, compiled": (
+        ["phys2d/CartPole-v1", "--algo", "pqn", *ROLLOUTS[2:], "--rollout-length", 25, "--num-envs", 4],
+        dqn_jax.PQN,
+        "epsilon",
+    ),
     "sac, host": (["Pendulum-v1", "--algo", "sac", "--hidden", 8, *TINY[:8], "--eval-episodes", 2], dqn_jax.SAC, "temperature"),
 }
 
@@ -453,7 +458,7 @@ def test_another_algorithm_trains_resumes_evaluates_and_is_loaded(words, kind, m
     assert summary["algo"] == words[2] and summary["updates"] > 0 and summary["complete"]
     with open(Path(summary["run"]) / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert np.isfinite(float(rows[-1][metric])) and "epsilon" not in rows[-1]
+    assert np.isfinite(float(rows[-1][metric])) and ("epsilon" in rows[-1]) == (kind is dqn_jax.PQN)
     again = summary_of("train", *words, "--name", "two")
     assert again["state_sha256"] == summary["state_sha256"]
     longer = summary_of("train", "--resume", summary["run"], "--steps", 800)

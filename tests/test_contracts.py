@@ -17,6 +17,7 @@ from dqn_jax import envs, heads, networks
 from dqn_jax.agent import assemble
 from dqn_jax.algorithms.dqn import Munchausen, dqn
 from dqn_jax.algorithms.ppo import ppo
+from dqn_jax.algorithms.pqn import pqn
 from dqn_jax.algorithms.sac import Optimizers, discrete_sac, sac
 from dqn_jax.curiosity.curious import curious
 from dqn_jax.curiosity.rnd import rnd
@@ -147,6 +148,22 @@ def on_policy(actions, observations=vectors, **options):
     return Case(build, floats, memory, observations, actions, ("params",), {})
 
 
+def values_of_rollouts(observations=vectors):
+    """PQN, whose rollouts are shorter than what is played."""
+    network, memory = networks.QNetwork(A, (8,), layer_norm=True), rollout(6, minibatch_size=4)
+
+    def build(*, learning_rate, discount, **floats):
+        return assemble(pqn(network, optax.adam(learning_rate), epochs=2, minibatch_size=4, **floats), memory, discount=discount)
+
+    floats = {
+        "learning_rate": Float(0.05, 0.1, {"params", "opt_state"}),
+        "discount": Float(0.9, 0.5, {"params"}),
+        "lambda_": Float(0.65, 0.1, {"params"}),
+        "epsilon": Float(0.5, 0.0, {"params", "actions"}),
+    }
+    return Case(build, floats, memory, observations, DISCRETE, ("params",), {})
+
+
 def soft(actions, memory=UNIFORM, observations=vectors):
     """SAC, whose warm-up ends while it is played."""
 
@@ -224,6 +241,8 @@ CASES = {
     "PPO, masked": on_policy(DISCRETE, masked),
     "PPO, box, normalised and scaled": on_policy(BOX, normalize_observation=True, scale_reward=True),
     "PPO, several choices": on_policy(gymnasium.spaces.MultiDiscrete([2, 3])),
+    "PQN": values_of_rollouts(),
+    "PQN, masked": values_of_rollouts(masked),
     "DQN, curious": paid_for_news(UNIFORM, 1),
     "PPO, curious": paid_for_news(rollout(6, minibatch_size=4), 2),
     "SAC, box": soft(BOX),

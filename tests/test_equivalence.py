@@ -10,7 +10,7 @@ from gymnasium import spaces
 from linear_networks import linear, policy_and_value
 
 import dqn_jax
-from dqn_jax import DQN, PPO, SAC
+from dqn_jax import DQN, PPO, PQN, SAC
 from dqn_jax.curiosity.curious import CuriousState
 from dqn_jax.memory.prioritized import Prioritized
 
@@ -38,6 +38,13 @@ KINDS = {
     "dqn": Kind(dqn_jax.dqn, DQN, ("params",), {**REPLAY, "target_update_interval": 100, "epsilon": (1.0, 0.1, 500)}, 300),
     "ppo": Kind(
         dqn_jax.ppo, PPO, ("params",), {"hidden": (8,), "rollout_length": 64, "batch_size": 32, "epochs": 2, "learning_rate": 1e-4}, 8
+    ),
+    "pqn": Kind(
+        dqn_jax.pqn,
+        PQN,
+        ("params",),
+        {"hidden": (8,), "rollout_length": 64, "batch_size": 32, "epochs": 2, "learning_rate": 1e-4, "epsilon": (1.0, 0.5, 500)},
+        8,
     ),
     "sac": Kind(dqn_jax.sac, SAC, ("actor", "critics", "log_temperature"), REPLAY, 300),
 }
@@ -69,6 +76,8 @@ CASES = {
     ),
     "DQN, four, curious": ("dqn", 4, {"curiosity": "rnd", "n_steps": 1, "prioritized": True}),
     "PPO, one, curious": ("ppo", 1, {"rollout_length": 256, "curiosity": "snd-vic"}),
+    "PQN, one": ("pqn", 1, {"rollout_length": 256}),
+    "PQN, four": ("pqn", 4, {"epsilon": 0.5, "learning_rate": 1e-5}),
     "SAC, one, pushed": ("sac", 1, {}),
     "SAC, four, prioritized n-step": (
         "sac",

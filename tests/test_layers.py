@@ -13,7 +13,7 @@ ROOT = Path(dqn_jax.__file__).parent
 SOURCES = {path.relative_to(ROOT).with_suffix("").as_posix(): ast.parse(path.read_text()) for path in sorted(ROOT.rglob("*.py"))}
 
 FOUNDATION = {"types"}
-TOOLS = {"returns", "networks", "policies", "normalize", "optimizers", "spaces", "distributions", "heads", "value_networks"}
+TOOLS = {"minibatches", "returns", "networks", "policies", "normalize", "optimizers", "spaces", "distributions", "heads", "value_networks"}
 DATA = {"memory", "algorithms", "curiosity", "envs", "atari"}
 DRIVERS = {"seeds", "training", "programs", "staging", "stepper", "online"}
 BELOW_PRESETS = FOUNDATION | TOOLS | DATA | {"agent", "checkpoint", "footprint", "options"} | DRIVERS

@@ -154,3 +154,28 @@ def test_orthogonal_weights(shape):
     np.testing.assert_allclose(products, 4 * np.eye(len(products)), atol=1e-5)
     others = networks.orthogonal(2.0)(jax.random.key(1), shape).reshape(-1, shape[-1])
     assert np.abs(others - weights).max() > 0.01
+
+
+@pytest.mark.parametrize(("network", "shape"), [(network, shape) for network, shape, _ in NETWORKS.values()], ids=NETWORKS)
+def test_layers_are_normalised_before_the_relu_if_asked(network, shape):
+    normalised, x = network.clone(layer_norm=True), seen(shape)
+    params, plain = (each.init(jax.random.key(0), x)["params"] for each in (normalised, network))
+    hidden = len(network.hidden) + len(getattr(network, "convolutions", ()))
+    assert set(params) - set(plain) == {f"LayerNorm_{i}" for i in range(hidden)}
+    # By hand, from the same parameters, with scales and biases that are not 1 and 0.
+    params = jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(leaf.size), leaf.shape), params)
+    y = x
+    for i in range(hidden):
+        convolution = i < len(getattr(network, "convolutions", ()))
+        layer = params[f"Conv_{i}" if convolution else f"Dense_{i - hidden + len(network.hidden)}"]
+        y = y if convolution else y.reshape(len(x), -1)
+        y = networks.conv(y, layer["kernel"], network.convolutions[i][2]) if convolution else y @ layer["kernel"]
+        y = y + layer["bias"]
+        y = (y - y.mean(axis=-1, keepdims=True)) / np.sqrt(y.var(axis=-1, keepdims=True) + 1e-6)
+        y = np.maximum(y * params[f"LayerNorm_{i}"]["scale"] + params[f"LayerNorm_{i}"]["bias"], 0)
+    last = params[f"Dense_{len(network.hidden)}"]
+    expected = y.reshape(len(x), -1) @ last["kernel"] + last["bias"]
+    np.testing.assert_allclose(normalised.apply({"params": params}, x), expected, rtol=1e-3, atol=1e-4)
+    half = normalised.clone(dtype=jnp.bfloat16)
+    assert products(half, {"params": params}, x) == {jnp.dtype(jnp.bfloat16)}
+    assert half.apply({"params": params}, x).dtype == jnp.float32

@@ -675,7 +675,7 @@ def test_the_factory_checks_what_is_static(options):
 
 def test_a_rollout_that_does_not_divide_is_refused_when_learnt_from():
     t = told_apart()
-    with pytest.raises(ValueError, match="12 transitions does not divide into minibatches of 5"):
+    with pytest.raises(ValueError, match="12 transitions do not divide into minibatches of 5"):
         recorded(t, minibatch_size=5)
 
 

@@ -7,7 +7,7 @@ import pytest
 from gymnasium import spaces
 
 import dqn_jax
-from dqn_jax import PPO, PPO_PRESETS, PRESETS, DQNOptions
+from dqn_jax import PPO, PPO_PRESETS, PQN_PRESETS, PRESETS, DQNOptions
 from dqn_jax.memory.frames import Frames
 from dqn_jax.memory.prioritized import Prioritized
 from dqn_jax.memory.ring import Ring
@@ -86,6 +86,13 @@ def test_every_preset_makes_an_agent(name):
     images = {"minatar": image(10, 10, 4, dtype=bool), "atari": image(4, 36, 36)}
     space = images.get(name, gymnasium.make("CartPole-v1").observation_space)
     dqn_jax.DQN((space, ACTIONS), **PRESETS[name])
+
+
+@pytest.mark.parametrize("name", PQN_PRESETS)
+def test_every_preset_of_pqn_makes_an_agent_for_as_many_environments_as_it_says(name):
+    space = image(10, 10, 4, dtype=bool) if name == "minatar" else gymnasium.make("CartPole-v1").observation_space
+    agent = dqn_jax.PQN((space, ACTIONS), num_envs=128 if name == "minatar" else 1, **PQN_PRESETS[name])
+    assert agent.get_statistics()["epsilon"] == 1
 
 
 @pytest.mark.parametrize("name", ["rnd_paper", "snd_v", "snd_std", "snd_vic"])

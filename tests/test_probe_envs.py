@@ -102,7 +102,7 @@ def test_the_truncation_probe_tells_the_two_ends_apart(n_steps):
     assert (values < 9).all() and (values > 5).all()
 
 
-# PPO and SAC. Their networks see a constant beside the observation: every probe can then be learnt by linear ones.
+# PPO, PQN and SAC. Their networks see a constant beside the observation: every probe can then be learnt by linear ones.
 
 
 def affine(network):
@@ -150,6 +150,14 @@ def test_ppo(name):
     np.testing.assert_allclose(values(observations), wanted.max(axis=1), rtol=0.1, atol=0.1)
     if name == "action for the observation":
         np.testing.assert_array_equal(agent.exploit(learner, observations), wanted.argmax(axis=1))
+
+
+@pytest.mark.parametrize("name", ["action for the observation", "discounting", "truncation"])
+def test_pqn(name):
+    probe, network = PROBES[name], affine(linear(2))
+    options = {"network": network, "rollout_length": 32, "batch_size": 64, "learning_rate": 0.05, "epsilon": 0.5}
+    agent, learner = trained(dqn_jax.pqn, probe.env, 16_000, gamma=probe.gamma, **options)
+    assert_learnt(agent, learner, probe, network)
 
 
 @pytest.mark.parametrize(

@@ -179,3 +179,66 @@ def test_gae_refuses_wrong_shapes(place, wrong):
 def test_gae_refuses_more_or_fewer_axes_than_one(everywhere):
     with pytest.raises(AssertionError):
         returns.gae(*[everywhere] * 2, everywhere > 0, *[everywhere] * 2, 0.9)
+
+
+def lambda_oracle(reward, discount, last, next_value, lambda_):
+    """Each return by itself, forwards: the returns over 1, 2, ... steps up to the end of the episode or of the stream, mixed."""
+    returns_ = []
+    for start in range(len(reward)):
+        mixed, travelled, paid, left = 0.0, 1.0, 0.0, 1.0
+        for t in range(start, len(reward)):
+            paid += travelled * float(reward[t])
+            travelled *= float(discount[t])
+            ends = last[t] or t == len(reward) - 1
+            mixed += left * (1.0 if ends else 1.0 - float(lambda_)) * (paid + travelled * float(next_value[t]))
+            left *= float(lambda_)
+            if ends:
+                break
+        returns_.append(mixed)
+    return returns_
+
+
+@pytest.mark.parametrize("lambda_", [0.0, 0.65, 1.0])
+@pytest.mark.parametrize("length", [1, 2, 17])
+@with_transforms
+def test_lambda_return_equals_the_oracle(length, lambda_, transform):
+    mix, ends = transform(returns.lambda_return), set()
+    for reward, discount, last, _, next_value in streams(length, seed=length):
+        got = mix(reward, discount, last, next_value, np.float32(lambda_))
+        np.testing.assert_allclose(got, lambda_oracle(reward, discount, last, next_value, lambda_), rtol=1e-5, atol=1e-5)
+        ends.update(zip(last.tolist(), (discount == 0).tolist(), strict=True))
+    assert ends >= {(False, False), (True, False), (True, True)} or length == 1
+
+
+def test_lambda_return_by_hand():
+    reward, discount = jnp.array([1.0, 2.0, 4.0, 8.0, 16.0]), jnp.array([0.5, 0.5, 0.0, 0.5, 0.5])
+    last = jnp.array([False, True, True, False, False])  # truncated after two steps, terminated after one, going on
+    next_value = jnp.array([2.0, 10.0, 99.0, 6.0, 4.0])
+    # 2 + 0.5 * 10 = 7, so 1 + 0.5 * (2 + 7) / 2 before it; 4; 16 + 0.5 * 4 = 18, so 8 + 0.5 * (6 + 18) / 2 before it.
+    np.testing.assert_array_equal(returns.lambda_return(reward, discount, last, next_value, 0.5), [3.25, 7, 4, 14, 18])
+    np.testing.assert_array_equal(returns.lambda_return(reward, discount, last, next_value, 0.0), [2, 7, 4, 11, 18])
+
+
+def test_lambda_return_is_gae_and_the_value():
+    for reward, discount, last, value, _ in streams(17, seed=5):
+        # Where the episode goes on the value of the successor is that of the next row, which is when the two agree.
+        following = np.append(value[1:], np.float32(0.3))
+        expected = returns.gae(reward, discount, last, value, following, 0.7) + value
+        np.testing.assert_allclose(returns.lambda_return(reward, discount, last, following, 0.7), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_successor_that_allows_nothing_is_worth_nothing():
+    lowest = np.finfo(np.float32).min  # what a maximum over forbidden actions gives
+    reward, discount, last = jnp.array([1.0, 2.0, 3.0]), jnp.array([0.9, 0.0, 0.0]), jnp.array([False, True, True])
+    got = returns.lambda_return(reward, discount, last, jnp.array([5.0, lowest, lowest]), 0.5)
+    np.testing.assert_allclose(got, [1 + 0.9 * (2.5 + 1.0), 2, 3], rtol=1e-6)
+
+
+@pytest.mark.parametrize("wrong", [row[:2], one, matrix], ids=["shorter", "scalar", "matrix"])
+@pytest.mark.parametrize("place", range(4))
+def test_lambda_return_refuses_wrong_shapes(place, wrong):
+    args = [row, row, row > 0, row]
+    returns.lambda_return(*args, 0.9)
+    args[place] = wrong > 0 if place == 2 else wrong
+    with pytest.raises(AssertionError):
+        returns.lambda_return(*args, 0.9)

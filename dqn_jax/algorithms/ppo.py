@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dqn_jax import normalize, policies, returns
+from dqn_jax import minibatches, normalize, policies, returns
 from dqn_jax.distributions import Distribution
 from dqn_jax.normalize import Moments
 from dqn_jax.types import Algorithm, Batch, Decision, Feedback, Transition
@@ -123,9 +123,7 @@ def ppo(
       ValueError: if a count is below one; from ``init``, if the network's values are not as many; when tracing ``learn``, if the rollout
         does not divide into minibatches.
     """
-    if epochs < 1 or minibatch_size < 1:
-        raise ValueError(f"epochs and minibatch_size must be at least 1, got {epochs} and {minibatch_size}")
-
+    minibatches.require_sizes(epochs, minibatch_size)
     num_streams = 1 if intrinsic_coef is None else 2
 
     def seen(learner: PPOState, observation: chex.ArrayTree) -> tuple[chex.ArrayTree, chex.Array | None]:
@@ -186,9 +184,9 @@ def ppo(
         return learner._replace(returns=moments, running=running), reward
 
     def value_of(learner: PPOState, observation: chex.ArrayTree, shape: tuple[int, ...]) -> chex.Array:
-        """Values ``[T, N, V]`` of observations ``[T, N, ...]``, a minibatch at a time: all of a rollout's images would not fit a cache."""
-        parts = jax.tree.map(lambda leaf: leaf.reshape(-1, minibatch_size, *leaf.shape[2:]), observation)
-        value = jax.lax.map(lambda part: network.apply(learner.params, seen(learner, part)[0])[1], parts)
+        """Values ``[T, N, V]`` of observations ``[T, N, ...]``."""
+        rows = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), observation)  # [T N, ...]
+        value = minibatches.in_minibatches(lambda part: network.apply(learner.params, seen(learner, part)[0])[1], rows, minibatch_size)
         return value.reshape(*shape, num_streams)
 
     def prepare(learner: PPOState, t: Transition, reward: chex.Array) -> Rollout:
@@ -240,15 +238,11 @@ def ppo(
         del step
         t = batch.transition
         chex.assert_rank([t.reward, t.discount, t.last], 2)  # [T, N]
-        num_rows = t.reward.size
-        if num_rows % minibatch_size:
-            raise ValueError(f"a rollout of {num_rows} transitions does not divide into minibatches of {minibatch_size}")
         learner, reward = scaled(learner, t)
         rollout = prepare(learner, t, reward)
 
-        def minibatch(carry: tuple[Any, ...], index: chex.Array) -> tuple[tuple[Any, ...], dict[str, chex.Array]]:
+        def minibatch(carry: tuple[Any, ...], rows: Rollout) -> tuple[tuple[Any, ...], dict[str, chex.Array]]:
             params, opt_state, going = carry
-            rows = jax.tree.map(lambda leaf: leaf[index], rollout)  # [B, ...]
             grads, metrics = jax.grad(minibatch_loss, has_aux=True)(params, learner, rows)
             if target_kl is None:
                 changes, opt_state = optimizer.update(grads, opt_state, params)
@@ -259,14 +253,10 @@ def ppo(
             kept = jax.tree.map(lambda new, old: jnp.where(going, new, old), new, (params, opt_state))
             return (*kept, going), {**metrics, "learnt": going.astype(jnp.float32)}
 
-        def epoch(carry: tuple[Any, ...], key: chex.PRNGKey) -> tuple[tuple[Any, ...], dict[str, chex.Array]]:
-            # One sort by random bits: jax.random.permutation sorts twice from 1,626 rows on, to be right for far longer vectors.
-            order = jnp.argsort(jax.random.bits(key, (num_rows,), jnp.uint32))
-            return jax.lax.scan(minibatch, carry, order.reshape(-1, minibatch_size))
-
         going = jnp.ones((), jnp.bool_)
         carry = learner.params, learner.opt_state, going
-        (params, opt_state, _), metrics = jax.lax.scan(epoch, carry, jax.random.split(key, epochs))
+        carry, metrics = minibatches.repeat(minibatch, carry, rollout, key, epochs=epochs, minibatch_size=minibatch_size)
+        params, opt_state, _ = carry
         if isinstance(learner.observations, Moments):
             proper = policies.split_mask(t.observation)[0]
             learner = learner._replace(observations=normalize.fold(learner.observations, proper, axes=(0, 1)))

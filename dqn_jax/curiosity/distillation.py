@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dqn_jax import normalize, policies
+from dqn_jax import minibatches, normalize, policies
 from dqn_jax.normalize import Moments
 from dqn_jax.types import Curiosity, Transition
 
@@ -106,8 +106,7 @@ def distillation(
       ValueError: if a count is below one; when tracing, if the rows do not divide into minibatches, or a ``discount`` meets a batch from a
         replay.
     """
-    if epochs < 1 or (minibatch_size is not None and minibatch_size < 1):
-        raise ValueError(f"epochs and minibatch_size must be at least 1, got {epochs} and {minibatch_size}")
+    minibatches.require_sizes(epochs, minibatch_size)
 
     def proper(observation: chex.ArrayTree) -> chex.ArrayTree:
         return see(policies.split_mask(observation)[0])
@@ -140,10 +139,7 @@ def distillation(
         return normalize.normalize(moments, rows, OBSERVATION_CLIP) if isinstance(moments, Moments) else rows
 
     def errors(state: DistillationState, t: Transition) -> tuple[chex.Array, chex.Array]:
-        """The target's features ``[T N, K]`` of what is paid for, and the bonuses as they come, of the shape of the reward. A
-        minibatch at a time: all of a rollout's images would not fit a cache.
-        """
-        size = rows_at_once(t)
+        """The target's features ``[T N, K]`` of what is paid for, and the bonuses as they come, of the shape of the reward."""
         moments, _ = moments_of(state, t)
 
         def part(rows: chex.ArrayTree) -> tuple[chex.Array, chex.Array]:
@@ -151,15 +147,8 @@ def distillation(
             features = target.apply(state.target, rows)
             return features, _squared_error(features, predictor.apply(state.predictor, rows))
 
-        parts = jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), _flat(t, bonus_on_successor))
-        features, error = jax.lax.map(part, parts)
-        return features.reshape(-1, features.shape[-1]), error.reshape(t.reward.shape)
-
-    def rows_at_once(t: Transition) -> int:
-        size = minibatch_size or t.reward.size
-        if t.reward.size % size:
-            raise ValueError(f"{t.reward.size} transitions do not divide into minibatches of {size}")
-        return size
+        features, error = minibatches.in_minibatches(part, _flat(t, bonus_on_successor), minibatch_size or t.reward.size)
+        return features, error.reshape(t.reward.shape)
 
     def scaled(state: DistillationState, bonus: chex.Array) -> tuple[DistillationState, chex.Array]:
         """With the bonuses taken in; and these over their size, and clipped."""
@@ -219,7 +208,7 @@ def distillation(
             return new, {"predictor_loss": loss, **metrics}
 
         key_order, key_rows = jax.random.split(key)
-        orders = jnp.argsort(jax.random.bits(key_order, (epochs, t.reward.size), jnp.uint32), axis=1).reshape(-1, rows_at_once(t))
+        orders = minibatches.shuffled(key_order, t.reward.size, minibatch_size or t.reward.size, epochs)  # [epochs M, B]
         new, metrics = jax.lax.scan(minibatch, before, (orders, jax.random.split(key_rows, len(orders))))
         spread = jnp.mean(jnp.std(features, axis=0))
         return new._replace(observations=following_moments), bonus, {**jax.tree.map(jnp.mean, metrics), "feature_spread": spread}

@@ -20,7 +20,7 @@ from dqn_jax.distributions import Distribution
 from dqn_jax.memory.rollout import rollout
 from dqn_jax.online import OnlineAgent
 from dqn_jax.optimizers import clipped
-from dqn_jax.options import named, require_functions, require_int, require_number, require_rate, require_widths, schedule
+from dqn_jax.options import named, require_functions, require_int, require_number, require_rollout, require_widths, rollout_rate
 from dqn_jax.presets.curiosity import curiosity_of, require_curiosity
 from dqn_jax.presets.reading import encoder_of, read_env, read_spaces, require_mask
 from dqn_jax.types import Agent, AgentState
@@ -193,9 +193,7 @@ def ppo_options(**options: Any) -> PPOOptions:
     require_number("intrinsic_gamma", o.intrinsic_gamma, 0, 1)
     require_number("extrinsic_coef", o.extrinsic_coef, 0, math.inf)
     require_int("curiosity_epochs", o.curiosity_epochs, 1)
-    require_rate("learning_rate", o.learning_rate)
-    for name, low in {"rollout_length": 1, "batch_size": 2, "epochs": 1}.items():  # Advantages are normalised within a minibatch.
-        require_int(name, getattr(o, name), low)
+    require_rollout(o, smallest_batch=2)  # Advantages are normalised within a minibatch.
     for name in ("value_coef", "entropy_coef"):
         require_number(name, getattr(o, name), 0, math.inf)
     for name in ("clip", "value_clip", "target_kl", "max_grad_norm", "bonus_scale", "bonus_clip"):
@@ -246,8 +244,7 @@ def ppo(env_or_spaces: Any, *, network: Any = None, optimizer: optax.GradientTra
     if network is None:
         network = _network(o, observation_space, distribution.num_outputs - num_free, num_free)
     if optimizer is None:
-        rate = schedule(o.learning_rate)
-        optimizer = clipped(optax.adam(lambda count: rate(count * (o.batch_size / o.epochs)), eps=1e-5), o.max_grad_norm)
+        optimizer = clipped(optax.adam(rollout_rate(o), eps=1e-5), o.max_grad_norm)
     is_curious = o.curiosity != "off"
     algorithm = ppo_algorithm(
         network,

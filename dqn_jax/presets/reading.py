@@ -92,7 +92,7 @@ def encoder_of(encoder: str, observation_space: gymnasium.Space, frames: str = "
 
 
 def q_network(
-    options: Any, observation_space: gymnasium.Space, num_actions: int, flat: tuple[int, ...] = (64, 64)
+    options: Any, observation_space: gymnasium.Space, num_actions: int, flat: tuple[int, ...] = (64, 64), *, layer_norm: bool = False
 ) -> networks.QNetwork | networks.ConvQNetwork:
     """The network that gives one value per action, by the options ``encoder``, ``hidden`` and, where there is one, ``frames``.
 
@@ -101,11 +101,12 @@ def q_network(
       observation_space: of one environment.
       num_actions: A.
       flat: widths of the hidden layers for vectors, unless the options give some.
+      layer_norm: whether layers are normalised.
     """
     convolutions, hidden, read = layers_of(options, observation_space, flat)
     if convolutions:
-        return networks.ConvQNetwork(num_actions, convolutions, hidden, read)
-    return networks.QNetwork(num_actions, hidden, read)
+        return networks.ConvQNetwork(num_actions, convolutions, hidden, read, layer_norm=layer_norm)
+    return networks.QNetwork(num_actions, hidden, read, layer_norm=layer_norm)
 
 
 def layers_of(
