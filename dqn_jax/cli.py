@@ -148,15 +148,17 @@ def main(args: list[str] | None = None) -> None:
 
 def _train_default(args: list[str]) -> Any:
     """A ``Train`` with the presets and the options of the algorithm that the arguments name, and with the preset's options as defaults, so
-    that --help shows them and flags override them. Where a name is unknown, the parser says so.
+    that --help shows them and flags override them. A game of Atari starts from the set of that name. Where a name is unknown, the parser
+    says so.
     """
     algo = _named(args, "--algo", list(ALGORITHMS), "dqn")
     preset = ALGORITHMS[algo]
-    chosen = _named(args, "--preset", list(preset.sets), "default")
+    otherwise = "atari" if any(map(atari.is_atari, args)) and "atari" in preset.sets else "default"
+    chosen = _named(args, "--preset", list(preset.sets), otherwise)
     sets: Any = Annotated[Literal[tuple(preset.sets)], tyro.conf.arg(help="The set of options that the flags below start from.")]
     options: Any = Annotated[preset.options, tyro.conf.arg(name="", help=f"Options of {algo}.")]
     fields = [
-        ("preset", sets, dataclasses.field(default="default")),
+        ("preset", sets, dataclasses.field(default=otherwise)),
         ("options", options, dataclasses.field(default_factory=preset.options)),
     ]
     kind: Any = dataclasses.make_dataclass("Train", fields, bases=(Train,), frozen=True, namespace={"__doc__": Train.__doc__})

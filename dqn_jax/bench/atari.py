@@ -15,7 +15,8 @@ import numpy as np
 from dqn_jax import atari
 from dqn_jax.bench import report
 from dqn_jax.envs import true_successors
-from dqn_jax.presets.dqn import DQN, PRESETS
+from dqn_jax.presets.dqn import DQN
+from dqn_jax.presets.dqn_sets import PRESETS
 from dqn_jax.programs import compute_inline
 from dqn_jax.stepper import METRICS
 
