@@ -37,7 +37,11 @@ class HostLoop(NamedTuple):
 
 def ours(env: gymnasium.Env, setting: Setting, steps: int, seed: int) -> HostLoop:
     """This package's step-by-step agent."""
-    agent = DQN(env, seed=seed, **options(setting))
+    return around(DQN(env, seed=seed, **options(setting)), env, steps, seed)
+
+
+def around(agent: DQN, env: gymnasium.Env, steps: int, seed: int) -> HostLoop:
+    """The loop around an agent of this package."""
 
     def run() -> None:
         observation, _ = env.reset(seed=seed)

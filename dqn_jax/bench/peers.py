@@ -83,13 +83,13 @@ def cleanrl_style(env: gymnasium.Env, setting: Setting, steps: int, seed: int) -
     envs = gymnasium.vector.SyncVectorEnv(
         [lambda: gymnasium.wrappers.RecordEpisodeStatistics(env)], autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP
     )
-    spaces = envs.single_observation_space, envs.single_action_space
+    spaces: Any = envs.single_observation_space, envs.single_action_space
     replay = ReplayBuffer(setting.capacity, *spaces, "cpu", handle_timeout_termination=False)
-    rng, network = random.Random(seed), QNetwork(2, setting.hidden)
+    rng, network = random.Random(seed), QNetwork(int(spaces[1].n), setting.hidden)
     envs.single_action_space.seed(seed)
     np.random.seed(seed)  # The buffer draws from NumPy's global generator.
     apply: Callable[..., chex.Array] = jax.jit(network.apply)
-    params = network.init(jax.random.key(seed), jnp.zeros((1, 4)))
+    params = network.init(jax.random.key(seed), jnp.zeros((1, *spaces[0].shape)))
     state = TargetTrainState.create(apply_fn=apply, params=params, target_params=params, tx=optax.adam(setting.learning_rate))
     updates = 0
     log: dict[str, Any] = {}
