@@ -62,7 +62,5 @@ def test_episodes_are_noted_when_they_end():
 
 def test_unknown_names_end_with_those_there_are(monkeypatch):
     monkeypatch.setattr("sys.argv", ["curves", "--task", "Pong"])
-    with pytest.raises(
-        SystemExit, match="unknown: Pong; there are the tasks CartPole-v1, Acrobot-v1, LunarLander-v3 and the contenders dqn"
-    ):
+    with pytest.raises(SystemExit, match=r"unknown: Pong; there are the tasks CartPole-v1, .* and the contenders dqn, c51"):
         curves.main()

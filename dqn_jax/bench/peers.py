@@ -83,7 +83,7 @@ def cleanrl_style(env: gymnasium.Env, setting: Setting, steps: int, seed: int) -
     envs = gymnasium.vector.SyncVectorEnv(
         [lambda: gymnasium.wrappers.RecordEpisodeStatistics(env)], autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP
     )
-    spaces: Any = envs.single_observation_space, envs.single_action_space
+    spaces: tuple[Any, Any] = envs.single_observation_space, envs.single_action_space
     replay = ReplayBuffer(setting.capacity, *spaces, "cpu", handle_timeout_termination=False)
     rng, network = random.Random(seed), QNetwork(int(spaces[1].n), setting.hidden)
     envs.single_action_space.seed(seed)
