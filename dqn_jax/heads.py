@@ -1,7 +1,7 @@
 """What the numbers that a network gives for an action stand for: its value, atoms of a distribution of returns, or quantiles of one.
 
-A head says how these outputs ``[A, ...]`` become values, and how they learn from what followed. One stream, no batch axis; callers
-``jax.vmap``. A successor's distribution may be that of one action or an average over actions, as a soft policy wants it.
+A head says how these outputs become values, and how they learn from what followed. A successor's distribution may be that of one action
+or an average over actions, as a soft policy wants it.
 """
 
 from collections.abc import Callable
@@ -36,10 +36,10 @@ class Head(NamedTuple):
       draw: ``(key, num) -> inputs``: what the network takes beside ``num`` observations when it learns: a tuple, empty or of fractions
         ``[num, N]``.
       fixed: the same for choosing actions, without a draw: a tuple, empty or of fractions ``[K]``.
-      values: ``(outputs[A, ...]) -> [A]``.
-      distribution: ``(outputs[A, ...]) -> [A, ...]``: what may be averaged over actions.
-      loss: ``(outputs[...], inputs, reward, discount, following[...]) -> Learnt``: ``outputs`` and ``inputs`` are those of the action
-        taken, ``following`` is the ``distribution`` of what followed. No gradient flows through that.
+      values: from outputs, with any axes before those of one action, to as many values.
+      distribution: from outputs, likewise, to what may be averaged over actions, of the same shape.
+      loss: ``(outputs, inputs, reward, discount, following) -> Learnt`` of one transition, callers ``jax.vmap``: outputs and inputs are
+        those of the action taken, ``following`` is the ``distribution`` of what followed. No gradient flows through that.
     """
 
     draw: Callable[[chex.PRNGKey, int], tuple[chex.Array, ...]]

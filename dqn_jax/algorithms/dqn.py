@@ -115,7 +115,7 @@ def dqn(
 
     def values_of(outputs: chex.Array, observation: chex.ArrayTree) -> chex.Array:
         _, mask = policies.split_mask(observation)
-        return policies.mask_values(jax.vmap(head.values)(outputs), mask)  # [B, A]
+        return policies.mask_values(head.values(outputs), mask)  # [B, A]
 
     def q_values(params: Any, observation: chex.ArrayTree, layers: Any = ()) -> chex.Array:
         return values_of(outputs_of(params, observation, Draws(layers, head.fixed)), observation)  # [B, A]
@@ -139,26 +139,30 @@ def dqn(
     def exploit(learner: DQNState, observation: chex.ArrayTree) -> chex.Array:
         return jnp.argmax(q_values(learner.params, observation), axis=-1).astype(jnp.int32)  # [N]
 
+    def follows(target_params: Any, t: Transition, target: Draws) -> tuple[chex.Array, chex.Array]:
+        """What the target network says of the successor: its outputs ``[B, A, ...]`` and the values ``[B, A]``."""
+        outputs = outputs_of(target_params, t.next_observation, target)
+        if head.fixed:  # Values come of other fractions than those that are learnt from.
+            return outputs, q_values(target_params, t.next_observation, target.layers)
+        return outputs, values_of(outputs, t.next_observation)
+
     def best_follows(params: Any, target_params: Any, t: Transition, target: Draws, select: Any) -> chex.Array:
         """The distribution of what the target network expects after the best action of the successor, ``[B, ...]``."""
-        outputs = outputs_of(target_params, t.next_observation, target)  # [B, A, ...]
         if double:
+            outputs = outputs_of(target_params, t.next_observation, target)  # [B, A, ...]
             values = q_values(params, t.next_observation, select)  # [B, A]
-        elif head.fixed:
-            values = q_values(target_params, t.next_observation, target.layers)  # [B, A]
         else:
-            values = values_of(outputs, t.next_observation)  # [B, A]
-        best = jnp.argmax(values, axis=-1)  # [B]
-        return jax.vmap(lambda outputs, action: head.distribution(outputs)[action])(outputs, best)
+            outputs, values = follows(target_params, t, target)
+        return head.distribution(_of_action(outputs, jnp.argmax(values, axis=-1)))  # Chosen first: it may be dear.
 
     def policy_follows(target_params: Any, t: Transition, target: Draws, soft: Munchausen) -> tuple[chex.Array, chex.Array, chex.Array]:
         """As ``best_follows``, averaged over the target network's soft policy; that policy's entropy, scaled by the temperature, and the
         bonus of the action taken, ``[B]`` each.
         """
         policy_of = jax.vmap(lambda values: returns.soft_policy(values, soft.temperature))
-        outputs = outputs_of(target_params, t.next_observation, target)  # [B, A, ...]
-        policy, scaled_log = policy_of(q_values(target_params, t.next_observation, target.layers))  # [B, A] each
-        following = jax.vmap(lambda outputs, policy: jnp.tensordot(policy, head.distribution(outputs), 1))(outputs, policy)
+        outputs, values = follows(target_params, t, target)
+        policy, scaled_log = policy_of(values)  # [B, A] each
+        following = jax.vmap(lambda policy, each: jnp.tensordot(policy, each, 1))(policy, head.distribution(outputs))  # [B, ...]
         _, before = policy_of(q_values(target_params, t.observation, target.layers))  # [B, A]
         bonus = soft.weight * jnp.clip(_of_action(before, t.action), LOG_POLICY_MIN, 0.0)
         return following, -jnp.sum(policy * scaled_log, axis=-1), bonus
@@ -171,12 +175,11 @@ def dqn(
         else:
             following, entropy, bonus = policy_follows(target_params, t, target, munchausen)
             reward = reward + bonus + discount * entropy
-        outputs = outputs_of(params, t.observation, online)  # [B, A, ...]
-        chosen = _of_action(outputs, t.action)  # [B, ...]
+        chosen = _of_action(outputs_of(params, t.observation, online), t.action)  # [B, ...]
         learnt: Learnt = jax.vmap(head.loss)(chosen, online.inputs, reward, discount, following)
         weight = jnp.broadcast_to(batch.weight, learnt.loss.shape)  # Refuses [B, 1], which would multiply into [B, B].
-        q = jnp.mean(_of_action(jax.vmap(head.values)(outputs), t.action))
-        return jnp.mean(weight * learnt.loss), (learnt.priority, {"q": q, **jax.tree.map(jnp.mean, learnt.metrics)})
+        metrics = {"q": head.values(chosen), **learnt.metrics}  # [B] each
+        return jnp.mean(weight * learnt.loss), (learnt.priority, jax.tree.map(jnp.mean, metrics))
 
     def draw(learner: DQNState, key: chex.PRNGKey, batch: int) -> tuple[Draws, Draws, Any]:
         """What the online network, the target network and, to choose with, the online network again draw: three noises, apart."""

@@ -70,7 +70,7 @@ class DQNOptions:
     v_max: float = 100.0
     """The highest return that C51 can hold: choose it from the scale of discounted returns."""
     num_quantiles: int | None = None
-    """Quantiles of QR-DQN, by default 32; or fractions that IQN draws for a transition, by default 8. Unused with others."""
+    """Quantiles of QR-DQN, by default 16; or fractions that IQN draws for a transition, by default 8. Unused with others."""
     dueling: bool = False
     """Two streams, one for the value of a state and one for the advantages of its actions."""
     noisy: float | None = None
@@ -269,7 +269,7 @@ def _head(o: DQNOptions) -> Head:
 
 
 def _num_quantiles(o: DQNOptions) -> int:
-    return {"iqn": 8}.get(o.distribution, 32) if o.num_quantiles is None else o.num_quantiles
+    return {"iqn": 8}.get(o.distribution, 16) if o.num_quantiles is None else o.num_quantiles
 
 
 class DQN(OnlineAgent):
