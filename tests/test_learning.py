@@ -138,3 +138,26 @@ def test_curiosity_finds_the_treasure(size, curiosity):
 
 def test_without_curiosity_the_treasure_stays_where_it_is():
     assert share_that_finds_the_treasure(14, "off") <= 0.1
+
+
+FAMILY = {
+    "dueling": {"dueling": True},
+    "noisy": {"noisy": 0.5},
+    "munchausen": {"munchausen": 0.9, "n_steps": 1},
+    "c51": dqn_jax.C51_PRESETS["default"],
+    "qrdqn": dqn_jax.QRDQN_PRESETS["default"],
+    "iqn": dqn_jax.IQN_PRESETS["default"],
+    "rainbow": dqn_jax.RAINBOW_PRESETS["default"],
+}
+
+
+@pytest.mark.parametrize("options", FAMILY.values(), ids=FAMILY)
+def test_the_family_catches_the_ball(options):
+    pytest.importorskip("gymnax")
+    env = dqn_jax.make("gymnax/Catch-bsuite")
+    agent = dqn_jax.dqn(env, **options)
+    keys = jax.random.split(jax.random.key(200), 5)
+    result = jax.jit(jax.vmap(dqn_jax.train(agent, env, num_steps=30_000).run))(keys)
+    scores = np.asarray(jax.jit(jax.vmap(dqn_jax.evaluate(agent, env, num_episodes=100)))(result.state, keys)).mean(axis=1)
+    print(scores, "IQM", iqm(scores), bootstrap_interval(scores))
+    assert np.sum(scores >= 0.95) >= 4
