@@ -37,7 +37,8 @@ class Head(NamedTuple):
         ``[num, N]``.
       fixed: the same for choosing actions, without a draw: a tuple, empty or of fractions ``[K]``.
       values: from outputs, with any axes before those of one action, to as many values.
-      distribution: from outputs, likewise, to what may be averaged over actions, of the same shape.
+      distribution: from outputs, likewise, to what may be averaged over actions, of the same shape: masses, whose average is the mixture,
+        or quantiles one by one, whose average has the right mean only (as in Munchausen-IQN).
       loss: ``(outputs, inputs, reward, discount, following) -> Learnt`` of one transition, callers ``jax.vmap``: outputs and inputs are
         those of the action taken, ``following`` is the ``distribution`` of what followed. No gradient flows through that.
     """
@@ -71,7 +72,8 @@ def expected(loss: str = "huber") -> Head:
 
 
 def categorical(support: chex.Array) -> Head:
-    """K logits per action: the masses of a distribution of returns on fixed atoms (C51). Its priority is the loss, as in Rainbow.
+    """K logits per action: the masses of a distribution of returns on fixed atoms (C51). Its priority is the loss, the cross-entropy;
+    Rainbow's is the Kullback-Leibler divergence, smaller by the target's own entropy.
 
     Bellemare, Dabney and Munos, "A distributional perspective on reinforcement learning" (2017), algorithm 1. The metric
     ``clipped_mass`` is the part of the targets that lies beyond the ends of the support.
@@ -84,8 +86,9 @@ def categorical(support: chex.Array) -> Head:
         chex.assert_rank([reward, discount], 0)
         places = reward + discount * support  # [K]
         loss = returns.cross_entropy(logits, returns.project(support, places, following))
-        beyond = (places < support[0]) | (places > support[-1])
-        return Learnt(loss, jax.lax.stop_gradient(loss), {"clipped_mass": jnp.sum(beyond * following)})
+        slack = 1e-3 * (support[1] - support[0])  # An atom that stays at an end is not to count as beyond it by rounding.
+        beyond = (places < support[0] - slack) | (places > support[-1] + slack)
+        return Learnt(loss, loss, {"clipped_mass": jnp.sum(beyond * following)})
 
     return Head(_nothing, (), lambda logits: jax.nn.softmax(logits) @ support, jax.nn.softmax, learn)
 
@@ -114,7 +117,8 @@ def implicit_quantiles(num: int) -> Head:
     nothing.
 
     Args:
-      num: fractions drawn for each transition, and as many for what follows it: N, N' and K in the paper.
+      num: fractions drawn for each transition, and as many for what follows it: N and N' in the paper. As many middles choose actions,
+        where the paper has K = 32 fractions.
     """
 
     def draw(key: chex.PRNGKey, batch: int) -> tuple[chex.Array, ...]:
@@ -135,7 +139,7 @@ def middles(num: int) -> np.ndarray:
 def _quantile_loss(quantile: chex.Array, fraction: chex.Array, reward: chex.Array, discount: chex.Array, following: chex.Array) -> Learnt:
     chex.assert_rank([reward, discount], 0)
     loss = returns.quantile_huber(quantile, fraction, reward + discount * following)
-    return Learnt(loss, jax.lax.stop_gradient(loss), {})
+    return Learnt(loss, loss, {})
 
 
 def _nothing(key: chex.PRNGKey, num: int) -> tuple[chex.Array, ...]:

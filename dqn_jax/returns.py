@@ -128,13 +128,11 @@ def soft_policy(values: chex.Array, temperature: chex.Numeric) -> tuple[chex.Arr
       temperature: scalar, above 0.
 
     Returns:
-      Probabilities ``[A]`` and scaled log-probabilities ``[A]``; of an action with no chance both are 0, so that sums over the policy
-      stay finite.
+      Probabilities ``[A]`` and scaled log-probabilities ``[A]``, finite also where an action has no chance: sums over the policy are, too.
     """
     chex.assert_rank(values, 1)
     log_policy = jax.nn.log_softmax((values - jnp.max(values)) / temperature)
-    policy = jnp.exp(log_policy)
-    return policy, jnp.where(policy > 0.0, temperature * log_policy, 0.0)
+    return jnp.exp(log_policy), jnp.maximum(temperature * log_policy, jnp.finfo(log_policy.dtype).min)
 
 
 def gae(

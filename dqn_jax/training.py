@@ -18,7 +18,7 @@ from dqn_jax.types import Agent, AgentState, Env, RunState, Transition
 
 CYCLES_PER_BLOCK = 64  # Cycles whose randomness is drawn at once,
 DECISIONS_PER_BLOCK = 1 << 16  # unless their decisions, over all environments, would be more than this,
-NOISE_BYTES = 1 << 24  # or what they draw would take more, as noisy layers do.
+NOISE_BYTES = 1 << 22  # or what they draw would take more, as noisy layers do. Many seeds multiply it.
 
 
 class EnvSide(NamedTuple):

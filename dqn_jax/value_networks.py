@@ -83,7 +83,7 @@ class ValueNetwork(nn.Module):
         Args:
           observation: a pytree of arrays ``[B, ...]``.
           fractions: ``[B, N]``, or ``[N]`` for all alike, in [0, 1]; only where ``implicit``.
-          noise: what ``noise`` drew, or nothing for the mean network.
+          noise: what ``draw_noise`` drew, or nothing for the mean network.
 
         Returns:
           ``[B, A]``, ``[B, A, K]``, or where ``implicit`` ``[B, A, N]``.
@@ -110,7 +110,7 @@ class ValueNetwork(nn.Module):
         return outputs if self.num_outputs else outputs[..., 0]
 
     @nn.nowrap
-    def noise(self, params: Any, key: chex.PRNGKey) -> Any:
+    def draw_noise(self, params: Any, key: chex.PRNGKey) -> Any:
         """One draw for all noisy layers: for each by its name a pair ``[I]``, ``[O]`` of numbers; nothing where none is noisy."""
         if self.noisy is None:
             return ()

@@ -83,7 +83,10 @@ def test_a_soft_policy_is_finite_whatever_is_forbidden():
     policy, scaled_log = returns.soft_policy(q, 0.03)
     expected = np.exp((np.array([1.0, 1.05]) - 1.05) / 0.03)
     np.testing.assert_allclose(policy, [*(expected / expected.sum()), 0.0], rtol=1e-5)
-    np.testing.assert_allclose(scaled_log, [*(0.03 * np.log(expected / expected.sum())), 0.0], rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(scaled_log[:2], 0.03 * np.log(expected / expected.sum()), rtol=1e-4, atol=1e-7)
+    assert np.isfinite(scaled_log).all() and scaled_log[2] < -1e6 and float(policy @ scaled_log) < 0
+    # An action that is allowed and poor has no chance in float32, and a log-probability all the same.
+    np.testing.assert_allclose(returns.soft_policy(jnp.array([5.0, 0.0]), 0.03)[1], [0.0, -5.0], atol=1e-5)
     nothing, scaled_log = returns.soft_policy(jnp.full(3, LOWEST), 0.03)  # The successor of a terminated episode may allow nothing.
     assert np.isfinite(nothing).all() and np.isfinite(scaled_log).all()
 
@@ -146,7 +149,7 @@ def batch_of(kind, masked, seed=0):
     )
 
 
-@pytest.mark.parametrize("munchausen", [None, Munchausen(0.9, 0.5)], ids=["max", "soft"])
+@pytest.mark.parametrize("munchausen", [None, Munchausen(0.9, 0.5), Munchausen()], ids=["max", "soft", "nearly hard"])
 @pytest.mark.parametrize("double", [True, False], ids=["double", "single"])
 @pytest.mark.parametrize("masked", [True, False], ids=["masked", "free"])
 @pytest.mark.parametrize("kind", HEADS)
@@ -178,7 +181,8 @@ def test_forbidden_actions_teach_nothing_and_are_never_chosen():
             learner = algorithm.init(jax.random.key(0), batch.transition.observation)
 
             def shifted(masked, by):
-                numbers = masked.observation.reshape(B, A, -1) + np.where(masked.action_mask, 0, by)[..., None]
+                numbers = masked.observation.reshape(B, A, -1).copy()
+                numbers[..., -1] += np.where(masked.action_mask, 0, by)  # One output of each: softmax does not see a shift of all.
                 return Masked(numbers.reshape(masked.observation.shape).astype(np.float32), masked.action_mask)
 
             learnt = []
@@ -229,13 +233,13 @@ def test_the_network_gives_what_the_head_takes(options, shape):
     params = network.init(jax.random.key(0), x, *fractions)
     outputs = network.apply(params, x, *fractions)
     assert outputs.shape == shape and outputs.dtype == jnp.float32
-    drawn = network.noise(params, jax.random.key(1))
+    drawn = network.draw_noise(params, jax.random.key(1))
     if network.noisy is None:
         assert drawn == ()
     else:
         noisy = network.apply(params, x, *fractions, noise=drawn)
         assert not np.allclose(noisy, outputs)
-        other = network.apply(params, x, *fractions, noise=network.noise(params, jax.random.key(2)))
+        other = network.apply(params, x, *fractions, noise=network.draw_noise(params, jax.random.key(2)))
         assert not np.allclose(noisy, other)
         numbers = np.concatenate([each for pair in drawn.values() for each in pair])
         assert len(np.unique(numbers)) == len(numbers) and set(drawn) == {n for n in params["params"] if "value" in n or "advantage" in n}
@@ -246,7 +250,7 @@ def test_the_network_gives_what_the_head_takes(options, shape):
 def test_noise_has_the_distribution_of_the_paper():
     network = ValueNetwork(1, hidden=(3000,), noisy=0.5)
     params = network.init(jax.random.key(0), np.ones((1, 3000), np.float32))
-    numbers = network.noise(params, jax.random.key(1))["value_hidden"][0]
+    numbers = network.draw_noise(params, jax.random.key(1))["value_hidden"][0]
     # sign(x) sqrt|x| of a normal number: its square is |x|, whose mean is sqrt(2 / pi); its mean is 0.
     np.testing.assert_allclose(np.mean(np.square(numbers)), np.sqrt(2 / np.pi), atol=0.05)
     np.testing.assert_allclose(np.mean(numbers), 0.0, atol=0.05)
@@ -292,27 +296,72 @@ def recording(noises):
 
     class Noisy:
         init = staticmethod(lambda key, observation: {"w": jnp.ones(A)})
-        noise = staticmethod(lambda params, key: {"z": jax.random.normal(key)})
+        draw_noise = staticmethod(lambda params, key: {"z": jax.random.normal(key)})
 
     Noisy.apply = staticmethod(apply)
     return Noisy()
 
 
-def test_an_update_draws_three_noises_and_the_greedy_policy_none():
+@pytest.mark.parametrize(
+    ("options", "passes", "different"),
+    [({}, 3, 3), ({"double": False}, 2, 2), ({"munchausen": Munchausen()}, 3, 2)],
+    ids=["double", "single", "soft"],
+)
+def test_each_network_has_a_noise_of_its_own_in_an_update(options, passes, different):
     noises = []
-    algorithm = dqn(recording(noises), optax.sgd(0.1), epsilon=0.0)
+    algorithm = dqn(recording(noises), optax.sgd(0.1), epsilon=0.0, **options)
     batch = batch_of("huber", False)
     learner = algorithm.init(jax.random.key(0), batch.transition.observation)
     algorithm.learn(learner, batch, jax.random.key(1), 1)
-    assert len(noises) == 3 and None not in noises and len(set(noises)) == 3
+    # Double: prediction, target, and the choice. Single: prediction and target. Soft: the target network sees both observations.
+    assert (len(noises), len(set(noises))) == (passes, different) and None not in noises
     algorithm.learn(learner, batch, jax.random.key(2), 1)
-    assert len(set(noises)) == 6
-    noises.clear()
-    algorithm.exploit(learner, batch.transition.observation)
+    assert len(set(noises)) == 2 * different
+
+
+def test_decisions_have_noises_of_their_own_and_the_greedy_policy_none():
+    noises = []
+    algorithm = dqn(recording(noises), optax.sgd(0.1), epsilon=0.0)
+    observation = batch_of("huber", False).transition.observation
+    learner = algorithm.init(jax.random.key(0), observation)
+    algorithm.exploit(learner, observation)
     assert noises == [None]
-    for seed in range(2):  # A decision of its own noise each.
-        algorithm.explore(learner, batch.transition.observation, algorithm.noise(learner, jax.random.key(seed), B), 1)
+    for seed in range(2):
+        algorithm.explore(learner, observation, algorithm.noise(learner, jax.random.key(seed), B), 1)
     assert len(set(noises)) == 3
+
+
+def test_fractions_of_the_target_are_drawn_apart():
+    seen = []
+    network = table(1, implicit=True)
+
+    def apply(params, observation, fractions):
+        seen.append(np.asarray(fractions))
+        return network.apply(params, observation, fractions)
+
+    algorithm = dqn(Network(network.init, apply), optax.sgd(0.1), epsilon=0.0, head=HEADS["iqn"][0], double=False)
+    batch = batch_of("iqn", False)
+    algorithm.learn(algorithm.init(jax.random.key(0), batch.transition.observation), batch, jax.random.key(1), 1)
+    drawn = [one for one in seen if one.shape == (B, K)]
+    assert len(drawn) == 2 and len(np.unique(np.concatenate(drawn))) == 2 * B * K  # For each transition its own.
+
+
+def test_munchausen_refuses_windows_of_several_steps():
+    algorithm = dqn(table(0), optax.sgd(0.1), epsilon=0.0, munchausen=Munchausen())
+    batch = batch_of("huber", False)
+    t = batch.transition
+    windows = t._replace(**{name: np.stack([getattr(t, name)] * 3, axis=1) for name in ("reward", "discount", "last")})
+    with pytest.raises(ValueError, match="munchausen pays for every step, got windows of 3"):
+        algorithm.learn(algorithm.init(jax.random.key(0), t.observation), batch._replace(transition=windows), jax.random.key(1), 1)
+
+
+def test_mass_that_stays_at_an_end_is_not_clipped():
+    """Whoever gets 1 for ever at a discount of 0.99 has 100: at the end of the support, not beyond it, whatever rounding says."""
+    head = heads.categorical(jnp.linspace(-100.0, 100.0, 51))
+    for n in (1, 3, 5, 10):
+        reward, discount = returns.n_step(jnp.ones(n), jnp.full(n, 0.99), jnp.zeros(n, bool))
+        assert head.loss(jnp.zeros(51), (), reward, discount, jnp.eye(51)[50]).metrics["clipped_mass"] == 0.0
+        assert head.loss(jnp.zeros(51), (), reward + 5.0, discount, jnp.eye(51)[50]).metrics["clipped_mass"] == 1.0
 
 
 # The preset.
@@ -339,7 +388,14 @@ def test_the_sets_make_the_agents_that_they_are_named_after(algo):
         dqn_jax.dqn((space, SPACES[1]), **chosen)  # It can be built.
 
 
-def test_rainbow_is_the_papers():
+def test_sets_for_atari_are_what_they_say():
+    efficient = dqn_jax.DQNOptions(**dqn_jax.RAINBOW_PRESETS["data_efficient"])
+    assert (efficient.n_steps, efficient.learning_rate, efficient.adam_epsilon, efficient.update_interval) == (20, 1e-4, 1.5e-4, 1)
+    assert (efficient.replay_start_size, efficient.target_update_interval, efficient.v_max) == (1_600, 2_000, 10.0)
+    c51, qr, iqn = (dqn_jax.DQNOptions(**SETS[algo]["atari"]) for algo in ("c51", "qrdqn", "iqn"))
+    assert (c51.learning_rate, c51.num_atoms, c51.v_min, c51.v_max) == (2.5e-4, 51, -10, 10)
+    assert (qr.learning_rate, qr.num_quantiles, iqn.learning_rate, iqn.num_quantiles) == (5e-5, 200, 5e-5, 64)
+    assert c51.adam_epsilon == qr.adam_epsilon == iqn.adam_epsilon == 0.01 / 32
     o = dqn_jax.DQNOptions(**dqn_jax.RAINBOW_PRESETS["atari"])
     assert (o.learning_rate, o.adam_epsilon, o.n_steps, o.num_atoms, o.v_min, o.v_max) == (6.25e-5, 1.5e-4, 3, 51, -10, 10)
     assert (o.update_interval, 4 * o.target_update_interval, 4 * o.replay_start_size) == (4, 32_000, 80_000)  # Frames in the paper.

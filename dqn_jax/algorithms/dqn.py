@@ -19,7 +19,8 @@ Differs from the papers in:
   3. The target refresh may also be partial (``tau``), as in Lillicrap et al. (2015); it follows the update at which the number of
      stored transitions has crossed a multiple of the interval.
   4. Returns may span n steps, without off-policy correction, as in Rainbow.
-  5. A noisy network draws one noise for each row of decisions, which all environments of the row share; ``exploit`` draws none.
+  5. Munchausen's bonus goes with any head, where the paper has it with values and IQN's quantiles.
+  6. A noisy network draws one noise for each row of decisions, which all environments of the row share; ``exploit`` draws none.
 """
 
 from collections.abc import Callable
@@ -88,9 +89,9 @@ def dqn(
 
     Args:
       network: anything with ``init(key, observation)`` and ``apply(params, observation) -> [B, A]``, or ``[B, A, ...]`` as the head has
-        it; where the head asks for fractions, they follow the observation. If it also has ``noise(params, key)`` and that is not empty,
-        what it drew goes into ``apply`` as ``noise``; without it the network is to give its mean. With ``Masked`` observations it sees
-        the observation proper.
+        it; where the head asks for fractions, they follow the observation. If it also has ``draw_noise(params, key)`` and that is not
+        empty, what it drew goes into ``apply`` as ``noise``; without it the network is to give its mean. With ``Masked`` observations it
+        sees the observation proper.
       optimizer: an optax transformation; put gradient clipping in its chain.
       epsilon: probability of a random action, or a schedule of the number of stored transitions.
       head: what the network's outputs stand for; see ``heads``.
@@ -103,11 +104,11 @@ def dqn(
       An ``Algorithm`` whose learner is a ``DQNState``.
 
     Raises:
-      ValueError: if the interval is below one.
+      ValueError: if the interval is below one; from ``learn``, if ``munchausen`` is given a window of several steps.
     """
     if target_update_interval < 1:
         raise ValueError(f"target_update_interval must be at least 1, got {target_update_interval}")
-    draw_layers = getattr(network, "noise", lambda params, key: ())
+    draw_layers = getattr(network, "draw_noise", lambda params, key: ())
 
     def outputs_of(params: Any, observation: chex.ArrayTree, draws: Draws) -> chex.Array:
         noise = {"noise": draws.layers} if draws.layers else {}
@@ -169,6 +170,8 @@ def dqn(
 
     def batch_loss(params: Any, target_params: Any, batch: Batch, draws: tuple[Draws, Draws, Any]) -> tuple[chex.Array, Any]:
         t, (online, target, select) = batch.transition, draws
+        if munchausen is not None and t.reward.shape[1:] not in ((), (1,)):
+            raise ValueError(f"munchausen pays for every step, got windows of {t.reward.shape[1]}: let the storage have n_steps=1")
         reward, discount = jax.vmap(returns.n_step)(t.reward, t.discount, t.last)  # [B]
         if munchausen is None:
             following = best_follows(params, target_params, t, target, select)  # [B, ...]

@@ -106,7 +106,7 @@ def pqn(
             return jnp.max(q_values(learner.params, observation), axis=-1)  # [B]
 
         # The one pass over the rollout that targets need. Where an episode goes on the successor is the next row's observation; where it
-        # ended it is nobody's, and that may be in any row.
+        # ended no row holds it, and that may be anywhere.
         observation, action, successor = jax.tree.map(_rows_in_one, (t.observation, t.action, t.next_observation))  # [T N, ...]
         next_value = minibatches.in_minibatches(best, successor, minibatch_size).reshape(t.reward.shape)  # [T, N]
         over_envs = jax.vmap(returns.lambda_return, in_axes=(1, 1, 1, 1, None), out_axes=1)

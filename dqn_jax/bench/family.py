@@ -1,7 +1,8 @@
 """What the members of DQN's family cost: an update of each inside a compiled loop, ``python -m dqn_jax.bench.family``.
 
-A full update, sampling from a uniform replay of made-up transitions included, at equal batch and with the same layers before the outputs.
-Contenders take turns; compilation is apart; medians and ranges are over the rounds.
+A full update, sampling from a uniform replay of made-up transitions included (Rainbow's, too), at equal batch and with layers as wide;
+what a piece adds to them, a second stream or an embedding, is part of its cost. Contenders take turns; compilation is apart; medians and
+ranges are over the rounds.
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "C51": {"distribution": "c51"},
     "QR-DQN": {"distribution": "qrdqn"},
     "IQN": {"distribution": "iqn"},
-    "Rainbow": {**RAINBOW_PRESETS["default"], "n_steps": 1},
+    "Rainbow": {**RAINBOW_PRESETS["default"], "n_steps": 1, "prioritized": False},
 }
 PAPERS = {**DEFAULTS, "QR-DQN": {"distribution": "qrdqn", "num_quantiles": 200}, "IQN": {"distribution": "iqn", "num_quantiles": 64}}
 ROWS = 512  # In the replay.

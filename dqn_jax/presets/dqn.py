@@ -89,7 +89,7 @@ class DQNOptions:
     """Store each frame of an image (uint8 or bool) once, where an observation is a single frame, or a stack of them along its first axis
     (Gymnasium's FrameStackObservation) or its last. Channels that are no earlier frames are "single". "off" stores observations whole."""
     prioritized: bool = False
-    """Draw transitions in proportion to their last TD error."""
+    """Draw transitions the more often, the more there was to learn from them last time: by the TD error, or the loss of a distribution."""
     alpha: float = 0.6
     """How much priorities count: 0 is uniform, 1 in full; unused unless prioritized."""
     beta: tuple[float, float, int] | float = (0.4, 1.0, 100_000)
@@ -116,7 +116,7 @@ class DQNOptions:
     """How far a refresh moves the target to the online parameters; by default 1 (a copy) with a target_update_interval, else 0.005."""
     epsilon: tuple[float, float, int] | float | None = None
     """Chance of a random action: start, end and the transitions between (linear); or a constant; in Python also an optax schedule. By
-    default (1.0, 0.05, 10_000), and 0 with noisy layers, which explore by themselves."""
+    default (1.0, 0.05, 10_000), and 0 with ``noisy``, which explores by itself (with a noisy network of your own, give 0)."""
     max_grad_norm: float | None = 10.0
     """Bound on the gradient's global norm, or None; unused where an optimizer is given."""
 

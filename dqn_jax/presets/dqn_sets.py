@@ -83,21 +83,21 @@ C51_PRESETS: dict[str, dict[str, Any]] = {
     "lunarlander": {**_C51["lunarlander"], "v_min": -300.0, "v_max": 300.0},
     "atari": {**_C51["atari"], "v_min": -10.0, "v_max": 10.0, "learning_rate": 2.5e-4, "adam_epsilon": 0.01 / 32},
 }
-"""Named sets of options that make a C51 agent of ``DQN``; "atari" is the setting of Bellemare et al. (2017)."""
+"""Named sets of options: ``DQN`` as a C51 agent. "atari" is DQN's with the support and the optimizer of Bellemare et al. (2017)."""
 
 _QRDQN = _with(distribution="qrdqn")
 QRDQN_PRESETS: dict[str, dict[str, Any]] = {
     **_QRDQN,
-    "atari": {**_QRDQN["atari"], "num_quantiles": 200, "learning_rate": 5e-5, "adam_epsilon": 0.01 / 32, "double": False},
+    "atari": {**_QRDQN["atari"], "num_quantiles": 200, "learning_rate": 5e-5, "adam_epsilon": 0.01 / 32},
 }
-"""Named sets of options that make a QR-DQN agent of ``DQN``; "atari" is the setting of Dabney et al. (2018)."""
+"""Named sets of options: ``DQN`` as a QR-DQN agent. "atari" is DQN's with the quantiles and the optimizer of Dabney et al. (2018)."""
 
 _IQN = _with(distribution="iqn")
 IQN_PRESETS: dict[str, dict[str, Any]] = {
     **_IQN,
-    "atari": {**_IQN["atari"], "num_quantiles": 64, "learning_rate": 5e-5, "adam_epsilon": 0.01 / 32, "double": False},
+    "atari": {**_IQN["atari"], "num_quantiles": 64, "learning_rate": 5e-5, "adam_epsilon": 0.01 / 32},
 }
-"""Named sets of options that make an IQN agent of ``DQN``; "atari" is the setting of Dabney et al. (2018b)."""
+"""Named sets of options: ``DQN`` as an IQN agent. "atari" is DQN's with the fractions and the optimizer of Dabney et al. (2018b)."""
 
 _RAINBOW: dict[str, Any] = {"distribution": "c51", "dueling": True, "noisy": 0.5, "prioritized": True}
 RAINBOW_PRESETS: dict[str, dict[str, Any]] = {
@@ -141,4 +141,4 @@ RAINBOW_PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 """Named sets of options that make a Rainbow agent of ``DQN``: "atari" is the setting of Hessel et al. (2018), "data_efficient" that of
-van Hasselt, Hessel and Aslanides (2019) with Nature's network."""
+van Hasselt, Hessel and Aslanides (2019) with Nature's network and Rainbow's noise."""
