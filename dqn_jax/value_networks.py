@@ -10,8 +10,6 @@ from flax import linen as nn
 
 from dqn_jax.networks import Conv, convolve, flatten
 
-NUM_COSINES = 64  # n in Dabney et al. 2018b, equation 4.
-
 
 class NoisyDense(nn.Module):
     """A dense layer whose weights are noisy, with factorised noise whose scale is learnt.
@@ -52,7 +50,8 @@ class ValueNetwork(nn.Module):
     """Convolutions and hidden layers with ReLU, of which the last belongs to one stream or, dueling, to two.
 
     The last hidden layer and the outputs are what dueling doubles and noise shakes. Where quantiles are asked for at given fractions, an
-    embedding of the fraction multiplies what reaches the last hidden layer.
+    embedding of the fraction multiplies what the convolutions say, as in the paper, and without convolutions what the last hidden layer
+    says: each layer behind it is computed for every fraction, and in a small network that would be nearly all of the work.
 
     Attributes:
       num_actions: the number A of actions.
@@ -62,7 +61,8 @@ class ValueNetwork(nn.Module):
       convolutions: (filters, kernel size, stride) of each.
       dueling: a value and advantages, whose mean is taken away (Wang et al., "Dueling network architectures", 2016, equation 9).
       noisy: the scale of noisy layers at first, or None for plain ones.
-      implicit: whether quantiles are given at fractions that come with the observation (Dabney et al. 2018b, equation 4).
+      cosines: the number n of cosines that a fraction is embedded by, where quantiles are given at fractions that come with the observation
+        (Dabney et al. 2018b, equation 4, where n is 64); 0 where they are not.
       dtype: in which to compute, as for ``networks.QNetwork``.
     """
 
@@ -73,7 +73,7 @@ class ValueNetwork(nn.Module):
     convolutions: Sequence[tuple[int, int, int]] = ()
     dueling: bool = False
     noisy: float | None = None
-    implicit: bool = False
+    cosines: int = 0
     dtype: Any = None
 
     @nn.compact
@@ -82,11 +82,11 @@ class ValueNetwork(nn.Module):
 
         Args:
           observation: a pytree of arrays ``[B, ...]``.
-          fractions: ``[B, N]``, or ``[N]`` for all alike, in [0, 1]; only where ``implicit``.
+          fractions: ``[B, N]``, or ``[N]`` for all alike, in [0, 1]; only where there are ``cosines``.
           noise: what ``draw_noise`` drew, or nothing for the mean network.
 
         Returns:
-          ``[B, A]``, ``[B, A, K]``, or where ``implicit`` ``[B, A, N]``.
+          ``[B, A]``, ``[B, A, K]``, or where there are ``cosines`` ``[B, A, N]``.
 
         Raises:
           ValueError: if a kernel does not fit the image that reaches it.
@@ -94,18 +94,19 @@ class ValueNetwork(nn.Module):
         x = self.features(observation)
         if self.convolutions:
             x = flatten(convolve([Conv(*each, self.dtype) for each in self.convolutions], x))  # [B, F]
-        for width in self.hidden[:-1]:
+        own = () if self.cosines and not self.convolutions else self.hidden[-1:]  # Hidden layers that belong to a stream.
+        for width in self.hidden[: len(self.hidden) - len(own)]:
             x = nn.relu(nn.Dense(width, dtype=self.dtype)(x))  # [B, F]
-        if self.implicit:
+        if self.cosines:
             assert fractions is not None, "this network gives quantiles at fractions: pass them after the observation"
             x = x[:, None] * self._embedding(jnp.atleast_2d(fractions), x.shape[-1])  # [B, N, F]
         per_action = max(self.num_outputs, 1)
-        outputs = self._stream("advantage" if self.dueling else "value", x, self.num_actions * per_action, noise)
+        outputs = self._stream("advantage" if self.dueling else "value", x, own, self.num_actions * per_action, noise)
         outputs = outputs.reshape(*outputs.shape[:-1], self.num_actions, per_action)  # [B, A, K], or [B, N, A, 1]
         if self.dueling:
-            value = self._stream("value", x, per_action, noise)[..., None, :]  # [B, 1, K], or [B, N, 1, 1]
+            value = self._stream("value", x, own, per_action, noise)[..., None, :]  # [B, 1, K], or [B, N, 1, 1]
             outputs = value + outputs - jnp.mean(outputs, axis=-2, keepdims=True)
-        if self.implicit:
+        if self.cosines:
             return jnp.moveaxis(outputs[..., 0], 1, 2)  # [B, A, N]
         return outputs if self.num_outputs else outputs[..., 0]
 
@@ -124,8 +125,9 @@ class ValueNetwork(nn.Module):
             begin = end
         return drawn
 
-    def _stream(self, name: str, x: chex.Array, num_outputs: int, noise: Any) -> chex.Array:
-        x = nn.relu(self._dense(f"{name}_hidden", x, self.hidden[-1], noise))
+    def _stream(self, name: str, x: chex.Array, hidden: Sequence[int], num_outputs: int, noise: Any) -> chex.Array:
+        for width in hidden:
+            x = nn.relu(self._dense(f"{name}_hidden", x, width, noise))
         return self._dense(name, x, num_outputs, noise).astype(jnp.float32)
 
     def _dense(self, name: str, x: chex.Array, width: int, noise: Any) -> chex.Array:
@@ -134,5 +136,5 @@ class ValueNetwork(nn.Module):
         return NoisyDense(width, self.noisy, self.dtype, name=name)(x, noise[name] if noise else None)
 
     def _embedding(self, fractions: chex.Array, width: int) -> chex.Array:
-        cosines = jnp.cos(jnp.pi * jnp.arange(NUM_COSINES) * fractions[..., None])  # [B, N, n]
+        cosines = jnp.cos(jnp.pi * jnp.arange(self.cosines) * fractions[..., None])  # [B, N, n]
         return nn.relu(nn.Dense(width, dtype=self.dtype, name="fractions")(cosines))  # [B, N, F]

@@ -10,7 +10,7 @@ from dqn_jax.bench import family
 
 def test_every_member_is_timed_beside_dqn(monkeypatch, capsys, tmp_path):
     contenders = {name: family.DEFAULTS[name] for name in ("DQN", "C51")}
-    monkeypatch.setattr(family, "QUICK", {"little": family.Work(family.VECTORS, 4, 3, contenders)})
+    monkeypatch.setattr(family, "QUICK", {"little": family.Work(family.VECTORS, 2, 4, 3, contenders)})
     monkeypatch.setattr("sys.argv", ["family", "--quick", "--out", str(tmp_path / "out.json")])
     family.main()
     measured = json.loads((tmp_path / "out.json").read_text())["agents"]["little"]
@@ -40,7 +40,7 @@ def test_what_is_timed_are_updates(monkeypatch):
         seen.append([float(number) for number in numbers])
 
     monkeypatch.setattr(family, "dqn", spying)
-    run = family.updates_of(family.Work(family.VECTORS, 8, 5, {}), family.DEFAULTS["C51"])
+    run = family.updates_of(family.Work(family.VECTORS, 2, 8, 5, {}), family.DEFAULTS["C51"])
     run()
     run()
     updates, sizes, losses = np.array(seen).T

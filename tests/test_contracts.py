@@ -235,7 +235,7 @@ CASES = {
     ),
     "quantiles, masked": distributional(heads.quantiles(3), observations=masked, num_outputs=3),
     "implicit quantiles, noisy, Munchausen": distributional(
-        heads.implicit_quantiles(3), {"munchausen": Munchausen()}, implicit=True, noisy=0.5, dueling=True
+        heads.implicit_quantiles(3), {"munchausen": Munchausen()}, cosines=4, noisy=0.5, dueling=True
     ),
     "PPO": on_policy(DISCRETE, value_clip=0.2, target_kl=0.5),
     "PPO, masked": on_policy(DISCRETE, masked),

@@ -13,7 +13,7 @@ from dqn_jax import heads, returns, training
 from dqn_jax.algorithms.dqn import Munchausen, dqn
 from dqn_jax.networks import Network
 from dqn_jax.types import Batch, Masked, Transition
-from dqn_jax.value_networks import NUM_COSINES, NoisyDense, ValueNetwork
+from dqn_jax.value_networks import NoisyDense, ValueNetwork
 
 A, B, K = 3, 6, 5
 SUPPORT = np.linspace(-2.0, 3.0, K, dtype=np.float32)
@@ -219,8 +219,8 @@ SHAPES = {
     "dueling": ({"dueling": True}, (2, A)),
     "atoms": ({"num_outputs": K}, (2, A, K)),
     "dueling atoms, noisy": ({"num_outputs": K, "dueling": True, "noisy": 0.5}, (2, A, K)),
-    "fractions": ({"implicit": True}, (2, A, 7)),
-    "dueling fractions, noisy, images": ({"implicit": True, "dueling": True, "noisy": 0.5, "convolutions": ((4, 2, 1),)}, (2, A, 7)),
+    "fractions": ({"cosines": 4}, (2, A, 7)),
+    "dueling fractions, noisy, images": ({"cosines": 4, "dueling": True, "noisy": 0.5, "convolutions": ((4, 2, 1),)}, (2, A, 7)),
 }
 
 
@@ -229,7 +229,7 @@ def test_the_network_gives_what_the_head_takes(options, shape):
     images = "convolutions" in options
     network = ValueNetwork(A, hidden=(8, 8), **options, **({"features": lambda x: x} if images else {}))
     x = np.random.default_rng(0).normal(size=(2, 4, 4, 2) if images else (2, 5)).astype(np.float32)
-    fractions = (heads.middles(7),) if network.implicit else ()
+    fractions = (heads.middles(7),) if network.cosines else ()
     params = network.init(jax.random.key(0), x, *fractions)
     outputs = network.apply(params, x, *fractions)
     assert outputs.shape == shape and outputs.dtype == jnp.float32
@@ -243,7 +243,7 @@ def test_the_network_gives_what_the_head_takes(options, shape):
         assert not np.allclose(noisy, other)
         numbers = np.concatenate([each for pair in drawn.values() for each in pair])
         assert len(np.unique(numbers)) == len(numbers) and set(drawn) == {n for n in params["params"] if "value" in n or "advantage" in n}
-    if network.implicit:  # Fractions for each observation, or the same for all.
+    if network.cosines:  # Fractions for each observation, or the same for all.
         np.testing.assert_allclose(network.apply(params, x, np.tile(fractions[0], (2, 1))), outputs, rtol=1e-5, atol=1e-6)
 
 
@@ -268,9 +268,11 @@ def test_dueling_takes_the_mean_advantage_away():
     np.testing.assert_allclose(network.apply(params, x), value + advantage - advantage.mean(axis=1, keepdims=True), rtol=1e-4, atol=1e-5)
 
 
-def test_the_embedding_of_a_fraction():
-    network = ValueNetwork(A, hidden=(6, 8), implicit=True)
-    x = np.random.default_rng(0).normal(size=(2, 5)).astype(np.float32)
+@pytest.mark.parametrize("images", [False, True], ids=["vectors", "images"])
+def test_the_embedding_of_a_fraction(images):
+    shape = {"features": lambda x: x, "convolutions": ((4, 2, 1),)} if images else {}
+    network = ValueNetwork(A, hidden=(6, 8) if not images else (8,), cosines=5, **shape)
+    x = np.random.default_rng(0).normal(size=(2, 3, 3, 1) if images else (2, 5)).astype(np.float32)
     params = network.init(jax.random.key(0), x, heads.middles(3))
     layers = params["params"]
 
@@ -278,9 +280,14 @@ def test_the_embedding_of_a_fraction():
         return x @ layers[name]["kernel"] + layers[name]["bias"]
 
     tau = np.float32(0.3)
-    features = np.maximum(dense("Dense_0", x), 0)
-    phi = np.maximum(dense("fractions", np.cos(np.pi * np.arange(NUM_COSINES) * tau)), 0)
-    expected = dense("value", np.maximum(dense("value_hidden", features * phi), 0))
+    phi = np.maximum(dense("fractions", np.cos(np.pi * np.arange(5) * tau)), 0)
+    if images:  # What the convolutions say is multiplied, and the hidden layer comes after.
+        windows = np.stack([x[:, i : i + 2, j : j + 2, 0].reshape(2, 4) for i in range(2) for j in range(2)], axis=1)
+        features = np.maximum(windows @ layers["Conv_0"]["kernel"].reshape(4, 4) + layers["Conv_0"]["bias"], 0).reshape(2, -1)
+        expected = dense("value", np.maximum(dense("value_hidden", features * phi), 0))
+    else:  # What the hidden layers say is multiplied, and only outputs come after.
+        features = np.maximum(dense("Dense_1", np.maximum(dense("Dense_0", x), 0)), 0)
+        expected = dense("value", features * phi)
     np.testing.assert_allclose(network.apply(params, x, np.float32([tau]))[..., 0], expected, rtol=1e-4, atol=1e-5)
 
 

@@ -38,9 +38,10 @@ ROWS = 512  # In the replay.
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What is measured: observations, batch, updates of one round, and options of each contender."""
+    """What is measured: observations, actions, batch, updates of one round, and options of each contender."""
 
     space: spaces.Box
+    num_actions: int
     batch_size: int
     updates: int
     contenders: dict[str, dict[str, Any]]
@@ -48,11 +49,11 @@ class Work:
 
 VECTORS = spaces.Box(-1, 1, (4,), np.float32)
 WORK = {
-    "2 x 64, batch 64": Work(VECTORS, 64, 400, DEFAULTS),
-    "MinAtar, batch 32": Work(spaces.Box(0, 1, (10, 10, 4), np.uint8), 32, 100, DEFAULTS),
-    "Nature, batch 32, as many quantiles as in the papers": Work(spaces.Box(0, 255, (84, 84, 4), np.uint8), 32, 4, PAPERS),
+    "2 x 64, batch 64": Work(VECTORS, 2, 64, 400, DEFAULTS),
+    "MinAtar, batch 32": Work(spaces.Box(0, 1, (10, 10, 4), np.uint8), 6, 32, 100, DEFAULTS),
+    "Nature, batch 32, as many quantiles as in the papers": Work(spaces.Box(0, 255, (84, 84, 4), np.uint8), 6, 32, 4, PAPERS),
 }
-QUICK = {"2 x 64, batch 8": Work(VECTORS, 8, 5, DEFAULTS)}
+QUICK = {"2 x 64, batch 8": Work(VECTORS, 2, 8, 5, DEFAULTS)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Options:
 def updates_of(work: Work, options: dict[str, Any]) -> Callable[[], Any]:
     """A function that makes ``work.updates`` updates of an agent with these options, as one program, on a full replay."""
     plain = {"n_steps": 1, "batch_size": work.batch_size, "capacity": ROWS, "replay_start_size": ROWS}
-    agent = dqn((work.space, spaces.Discrete(6)), **{**plain, **options})
+    agent = dqn((work.space, spaces.Discrete(work.num_actions)), **{**plain, **options})
     example = jnp.zeros((ROWS, *work.space.shape), work.space.dtype)
 
     def fill(key: jax.Array) -> Any:

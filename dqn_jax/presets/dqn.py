@@ -256,7 +256,7 @@ def _network(o: DQNOptions, observation_space: gymnasium.Space, num_actions: int
         convolutions,
         dueling=o.dueling,
         noisy=o.noisy,
-        implicit=o.distribution == "iqn",
+        cosines=0 if o.distribution != "iqn" else 64 if convolutions else 16,  # 64 in the paper; small networks feel their price.
     )
 
 
