@@ -33,9 +33,9 @@ class Head(NamedTuple):
     """How a network's outputs stand for values.
 
     Attributes:
-      draw: ``(key, num) -> inputs``: what the network takes beside ``num`` observations when it learns: a tuple, empty or of fractions
-        ``[num, N]``.
-      fixed: the same for choosing actions, without a draw: a tuple, empty or of fractions ``[K]``.
+      draw: ``(key, num) -> inputs``: what the network takes beside ``num`` observations to make the predictions that are learnt: a tuple,
+        empty or of fractions ``[num, N]``.
+      fixed: the same for all else, choices and targets, without a draw: a tuple, empty or of fractions ``[N]``.
       values: from outputs, with any axes before those of one action, to as many values.
       distribution: from outputs, likewise, to what may be averaged over actions, of the same shape: masses, whose average is the mixture,
         or quantiles one by one, whose average has the right mean only (as in Munchausen-IQN).
@@ -113,12 +113,11 @@ def implicit_quantiles(num: int) -> Head:
     """Quantiles at fractions that the network is asked for (IQN). Its priority is the loss.
 
     Dabney et al., "Implicit quantile networks for distributional reinforcement learning" (2018), equation 3. Differs from the paper in:
-    actions are chosen by the mean of the quantiles at the middles of as many equal parts, not at random fractions, so choosing draws
-    nothing.
+    only the fractions of predictions are drawn; targets and choices are made of the quantiles at the middles of as many equal parts,
+    which estimate the same integrals without a draw. (The paper draws N = N' = 64, and K = 32 to choose by.)
 
     Args:
-      num: fractions drawn for each transition, and as many for what follows it: N and N' in the paper. As many middles choose actions,
-        where the paper has K = 32 fractions.
+      num: N, fractions drawn for each transition, and the number of middles.
     """
 
     def draw(key: chex.PRNGKey, batch: int) -> tuple[chex.Array, ...]:

@@ -50,8 +50,8 @@ class ValueNetwork(nn.Module):
     """Convolutions and hidden layers with ReLU, of which the last belongs to one stream or, dueling, to two.
 
     The last hidden layer and the outputs are what dueling doubles and noise shakes. Where quantiles are asked for at given fractions, an
-    embedding of the fraction multiplies what the convolutions say, as in the paper, and without convolutions what the last hidden layer
-    says: each layer behind it is computed for every fraction, and in a small network that would be nearly all of the work.
+    embedding of the fraction multiplies what the last hidden layer says, and only the outputs come behind. (In the paper it multiplies what
+    the convolutions say: the hidden layer is then computed for every fraction, ten times the work of DQN with Nature's network.)
 
     Attributes:
       num_actions: the number A of actions.
@@ -94,7 +94,7 @@ class ValueNetwork(nn.Module):
         x = self.features(observation)
         if self.convolutions:
             x = flatten(convolve([Conv(*each, self.dtype) for each in self.convolutions], x))  # [B, F]
-        own = () if self.cosines and not self.convolutions else self.hidden[-1:]  # Hidden layers that belong to a stream.
+        own = () if self.cosines else self.hidden[-1:]  # Hidden layers that belong to a stream.
         for width in self.hidden[: len(self.hidden) - len(own)]:
             x = nn.relu(nn.Dense(width, dtype=self.dtype)(x))  # [B, F]
         if self.cosines:

@@ -122,7 +122,7 @@ class Says:
     Args:
       kind, support, middles: as for ``dqn_losses``.
       sign: 1 for the online network, -1 for the target network.
-      fractions: what IQN drew for it and this row, ``[N]``.
+      fractions: where IQN makes this network's quantiles of this row, ``[N]``.
     """
 
     def __init__(self, kind, support, middles, sign, fractions):
@@ -167,18 +167,18 @@ def dqn_losses(kind, batch, double, munchausen, support, middles, fractions, sca
       munchausen: None, or weight and temperature.
       support: of C51.
       middles: fractions of QR-DQN, and those that IQN chooses by.
-      fractions: what IQN drew for the online and for the target network, ``[B, N]`` each.
+      fractions: what IQN drew for the predictions, ``[B, N]``.
       scale: a factor of the prediction alone.
     """
     rows = [
-        _row_loss(kind, batch.transition, row, double, munchausen, support, middles, [each[row] for each in fractions], scale)
+        _row_loss(kind, batch.transition, row, double, munchausen, support, middles, fractions[row], scale)
         for row in range(len(batch.weight))
     ]
     return np.array(rows).T
 
 
 def _row_loss(kind, t, row, double, munchausen, support, middles, fractions, scale):
-    online, target = (Says(kind, support, middles, *one) for one in ((1.0, fractions[0]), (-1.0, fractions[1])))
+    online, target = (Says(kind, support, middles, *one) for one in ((1.0, fractions), (-1.0, middles)))
     seen, seen_allowed = read_row(t.observation, row)
     then, then_allowed = read_row(t.next_observation, row)
     action, reward, discount = int(t.action[row]), float(t.reward[row]), float(t.discount[row])
@@ -195,7 +195,7 @@ def _row_loss(kind, t, row, double, munchausen, support, middles, fractions, sca
         loss = -(project(support, reward + discount * support, following) * np.log(softmax(scale * seen[action]))).sum()
         return loss, loss
     if kind in ("qrdqn", "iqn"):
-        at = middles if kind == "qrdqn" else fractions[0]
+        at = middles if kind == "qrdqn" else fractions
         loss = quantile_huber(scale * online.distribution(seen[action]), at, reward + discount * following)
         return loss, loss
     error = reward + discount * float(following[0]) - scale * float(seen[action][0])

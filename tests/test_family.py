@@ -160,7 +160,7 @@ def test_the_loss_equals_the_oracle(kind, masked, double, munchausen):
     learner = algorithm.init(jax.random.key(0), batch.transition.observation)._replace(target_params={"scale": -jnp.ones(())})
     key = jax.random.key(5)
     after, feedback = jax.jit(algorithm.learn)(learner, batch, key, jnp.int32(1))
-    fractions = [np.asarray(*head.draw(each, B) or (np.zeros(B),)) for each in jax.random.split(key, 5)[3:]]
+    fractions = np.asarray(*head.draw(jax.random.split(key, 4)[0], B) or (np.zeros(B),))
 
     def losses(scale=1.0):
         return oracle.dqn_losses(kind, batch, double, munchausen, SUPPORT, heads.middles(K), fractions, scale)
@@ -268,11 +268,9 @@ def test_dueling_takes_the_mean_advantage_away():
     np.testing.assert_allclose(network.apply(params, x), value + advantage - advantage.mean(axis=1, keepdims=True), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("images", [False, True], ids=["vectors", "images"])
-def test_the_embedding_of_a_fraction(images):
-    shape = {"features": lambda x: x, "convolutions": ((4, 2, 1),)} if images else {}
-    network = ValueNetwork(A, hidden=(6, 8) if not images else (8,), cosines=5, **shape)
-    x = np.random.default_rng(0).normal(size=(2, 3, 3, 1) if images else (2, 5)).astype(np.float32)
+def test_the_embedding_of_a_fraction():
+    network = ValueNetwork(A, hidden=(6, 8), cosines=5)
+    x = np.random.default_rng(0).normal(size=(2, 5)).astype(np.float32)
     params = network.init(jax.random.key(0), x, heads.middles(3))
     layers = params["params"]
 
@@ -281,14 +279,8 @@ def test_the_embedding_of_a_fraction(images):
 
     tau = np.float32(0.3)
     phi = np.maximum(dense("fractions", np.cos(np.pi * np.arange(5) * tau)), 0)
-    if images:  # What the convolutions say is multiplied, and the hidden layer comes after.
-        windows = np.stack([x[:, i : i + 2, j : j + 2, 0].reshape(2, 4) for i in range(2) for j in range(2)], axis=1)
-        features = np.maximum(windows @ layers["Conv_0"]["kernel"].reshape(4, 4) + layers["Conv_0"]["bias"], 0).reshape(2, -1)
-        expected = dense("value", np.maximum(dense("value_hidden", features * phi), 0))
-    else:  # What the hidden layers say is multiplied, and only outputs come after.
-        features = np.maximum(dense("Dense_1", np.maximum(dense("Dense_0", x), 0)), 0)
-        expected = dense("value", features * phi)
-    np.testing.assert_allclose(network.apply(params, x, np.float32([tau]))[..., 0], expected, rtol=1e-4, atol=1e-5)
+    features = np.maximum(dense("Dense_1", np.maximum(dense("Dense_0", x), 0)), 0)
+    np.testing.assert_allclose(network.apply(params, x, np.float32([tau]))[..., 0], dense("value", features * phi), rtol=1e-4, atol=1e-5)
 
 
 # Noise in the agent.
@@ -338,7 +330,7 @@ def test_decisions_have_noises_of_their_own_and_the_greedy_policy_none():
     assert len(set(noises)) == 3
 
 
-def test_fractions_of_the_target_are_drawn_apart():
+def test_predictions_are_made_at_fractions_of_their_own_and_all_else_at_the_middles():
     seen = []
     network = table(1, implicit=True)
 
@@ -346,11 +338,14 @@ def test_fractions_of_the_target_are_drawn_apart():
         seen.append(np.asarray(fractions))
         return network.apply(params, observation, fractions)
 
-    algorithm = dqn(Network(network.init, apply), optax.sgd(0.1), epsilon=0.0, head=HEADS["iqn"][0], double=False)
+    algorithm = dqn(Network(network.init, apply), optax.sgd(0.1), epsilon=0.0, head=HEADS["iqn"][0])
     batch = batch_of("iqn", False)
-    algorithm.learn(algorithm.init(jax.random.key(0), batch.transition.observation), batch, jax.random.key(1), 1)
+    learner = algorithm.init(jax.random.key(0), batch.transition.observation)
+    for seed in range(2):
+        algorithm.learn(learner, batch, jax.random.key(seed), 1)
     drawn = [one for one in seen if one.shape == (B, K)]
     assert len(drawn) == 2 and len(np.unique(np.concatenate(drawn))) == 2 * B * K  # For each transition its own.
+    assert len(seen) == 6 and all((one == heads.middles(K)).all() for one in seen if one.ndim == 1)
 
 
 def test_munchausen_refuses_windows_of_several_steps():

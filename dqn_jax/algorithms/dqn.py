@@ -67,13 +67,6 @@ class Munchausen(NamedTuple):
     temperature: chex.Numeric = 0.03
 
 
-class Draws(NamedTuple):
-    """What one pass through the network draws: the noise of its layers, and what its head asks it for."""
-
-    layers: Any
-    inputs: tuple[chex.Array, ...]
-
-
 def dqn(
     network: Any,
     optimizer: optax.GradientTransformation,
@@ -110,16 +103,16 @@ def dqn(
         raise ValueError(f"target_update_interval must be at least 1, got {target_update_interval}")
     draw_layers = getattr(network, "draw_noise", lambda params, key: ())
 
-    def outputs_of(params: Any, observation: chex.ArrayTree, draws: Draws) -> chex.Array:
-        noise = {"noise": draws.layers} if draws.layers else {}
-        return network.apply(params, policies.split_mask(observation)[0], *draws.inputs, **noise)  # [B, A, ...]
+    def outputs_of(params: Any, observation: chex.ArrayTree, layers: Any, inputs: tuple[Any, ...] = head.fixed) -> chex.Array:
+        noise = {"noise": layers} if layers else {}
+        return network.apply(params, policies.split_mask(observation)[0], *inputs, **noise)  # [B, A, ...]
 
     def values_of(outputs: chex.Array, observation: chex.ArrayTree) -> chex.Array:
         _, mask = policies.split_mask(observation)
         return policies.mask_values(head.values(outputs), mask)  # [B, A]
 
     def q_values(params: Any, observation: chex.ArrayTree, layers: Any = ()) -> chex.Array:
-        return values_of(outputs_of(params, observation, Draws(layers, head.fixed)), observation)  # [B, A]
+        return values_of(outputs_of(params, observation, layers), observation)  # [B, A]
 
     def init(key: chex.PRNGKey, observation: chex.ArrayTree) -> DQNState:
         params = network.init(key, policies.split_mask(observation)[0], *head.fixed)
@@ -140,36 +133,26 @@ def dqn(
     def exploit(learner: DQNState, observation: chex.ArrayTree) -> chex.Array:
         return jnp.argmax(q_values(learner.params, observation), axis=-1).astype(jnp.int32)  # [N]
 
-    def follows(target_params: Any, t: Transition, target: Draws) -> tuple[chex.Array, chex.Array]:
-        """What the target network says of the successor: its outputs ``[B, A, ...]`` and the values ``[B, A]``."""
-        outputs = outputs_of(target_params, t.next_observation, target)
-        if head.fixed:  # Values come of other fractions than those that are learnt from.
-            return outputs, q_values(target_params, t.next_observation, target.layers)
-        return outputs, values_of(outputs, t.next_observation)
-
-    def best_follows(params: Any, target_params: Any, t: Transition, target: Draws, select: Any) -> chex.Array:
+    def best_follows(params: Any, target_params: Any, t: Transition, target: Any, select: Any) -> chex.Array:
         """The distribution of what the target network expects after the best action of the successor, ``[B, ...]``."""
-        if double:
-            outputs = outputs_of(target_params, t.next_observation, target)  # [B, A, ...]
-            values = q_values(params, t.next_observation, select)  # [B, A]
-        else:
-            outputs, values = follows(target_params, t, target)
+        outputs = outputs_of(target_params, t.next_observation, target)  # [B, A, ...]
+        values = q_values(params, t.next_observation, select) if double else values_of(outputs, t.next_observation)  # [B, A]
         return head.distribution(_of_action(outputs, jnp.argmax(values, axis=-1)))  # Chosen first: it may be dear.
 
-    def policy_follows(target_params: Any, t: Transition, target: Draws, soft: Munchausen) -> tuple[chex.Array, chex.Array, chex.Array]:
+    def policy_follows(target_params: Any, t: Transition, target: Any, soft: Munchausen) -> tuple[chex.Array, chex.Array, chex.Array]:
         """As ``best_follows``, averaged over the target network's soft policy; that policy's entropy, scaled by the temperature, and the
         bonus of the action taken, ``[B]`` each.
         """
         policy_of = jax.vmap(lambda values: returns.soft_policy(values, soft.temperature))
-        outputs, values = follows(target_params, t, target)
-        policy, scaled_log = policy_of(values)  # [B, A] each
+        outputs = outputs_of(target_params, t.next_observation, target)  # [B, A, ...]
+        policy, scaled_log = policy_of(values_of(outputs, t.next_observation))  # [B, A] each
         following = jax.vmap(lambda policy, each: jnp.tensordot(policy, each, 1))(policy, head.distribution(outputs))  # [B, ...]
-        _, before = policy_of(q_values(target_params, t.observation, target.layers))  # [B, A]
+        _, before = policy_of(q_values(target_params, t.observation, target))  # [B, A]
         bonus = soft.weight * jnp.clip(_of_action(before, t.action), LOG_POLICY_MIN, 0.0)
         return following, -jnp.sum(policy * scaled_log, axis=-1), bonus
 
-    def batch_loss(params: Any, target_params: Any, batch: Batch, draws: tuple[Draws, Draws, Any]) -> tuple[chex.Array, Any]:
-        t, (online, target, select) = batch.transition, draws
+    def batch_loss(params: Any, target_params: Any, batch: Batch, layers: list[Any], inputs: tuple[Any, ...]) -> tuple[chex.Array, Any]:
+        t, (online, target, select) = batch.transition, layers
         if munchausen is not None and t.reward.shape[1:] not in ((), (1,)):
             raise ValueError(f"munchausen pays for every step, got windows of {t.reward.shape[1]}: let the storage have n_steps=1")
         reward, discount = jax.vmap(returns.n_step)(t.reward, t.discount, t.last)  # [B]
@@ -178,17 +161,11 @@ def dqn(
         else:
             following, entropy, bonus = policy_follows(target_params, t, target, munchausen)
             reward = reward + bonus + discount * entropy
-        chosen = _of_action(outputs_of(params, t.observation, online), t.action)  # [B, ...]
-        learnt: Learnt = jax.vmap(head.loss)(chosen, online.inputs, reward, discount, following)
+        chosen = _of_action(outputs_of(params, t.observation, online, inputs), t.action)  # [B, ...]
+        learnt: Learnt = jax.vmap(head.loss)(chosen, inputs, reward, discount, following)
         weight = jnp.broadcast_to(batch.weight, learnt.loss.shape)  # Refuses [B, 1], which would multiply into [B, B].
         metrics = {"q": head.values(chosen), **learnt.metrics}  # [B] each
         return jnp.mean(weight * learnt.loss), (learnt.priority, jax.tree.map(jnp.mean, metrics))
-
-    def draw(learner: DQNState, key: chex.PRNGKey, batch: int) -> tuple[Draws, Draws, Any]:
-        """What the online network, the target network and, to choose with, the online network again draw: three noises, apart."""
-        keys = jax.random.split(key, 5)
-        online, target, select = (draw_layers(learner.params, each) for each in keys[:3])
-        return Draws(online, head.draw(keys[3], batch)), Draws(target, head.draw(keys[4], batch)), select
 
     def refresh(learner: DQNState, step: chex.Array) -> Any:
         moved = optax.incremental_update(learner.params, learner.target_params, tau)
@@ -198,9 +175,11 @@ def dqn(
         return jax.tree.map(lambda new, old: jnp.where(crossed, new, old), moved, learner.target_params)
 
     def learn(learner: DQNState, batch: Batch, key: chex.PRNGKey, step: chex.Array) -> tuple[DQNState, Feedback]:
-        draws = draw(learner, key, batch.transition.action.shape[0])
+        key_inputs, *keys = jax.random.split(key, 4)
+        layers = [draw_layers(learner.params, each) for each in keys]  # Of prediction, target and choice: three noises, apart.
+        inputs = head.draw(key_inputs, batch.transition.action.shape[0])
         gradient = jax.value_and_grad(batch_loss, has_aux=True)
-        (value, (priority, metrics)), grads = gradient(learner.params, learner.target_params, batch, draws)
+        (value, (priority, metrics)), grads = gradient(learner.params, learner.target_params, batch, layers, inputs)
         changes, opt_state = optimizer.update(grads, learner.opt_state, learner.params)
         learner = learner._replace(params=optax.apply_updates(learner.params, changes), opt_state=opt_state)
         learner = learner._replace(target_params=refresh(learner, step), step=jnp.asarray(step, jnp.int32))
