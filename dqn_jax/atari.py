@@ -16,14 +16,17 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
 
 LARGEST_SEED = 2**31 - 1  # Of one game; further ones do not fit into the int that ale-py keeps them in.
-ENLARGED = 4  # Sides of a picture's pixels, so that 84 of them can be seen.
 # Arguments of AtariVectorEnv that are no choice, and why.
 FIXED = {
-    "num_envs": "it is an option of its own",
+    "game": "the id names it",
     "batch_size": "all games step together",
+    "grayscale": "no network here takes stacks of colour pictures",
+    "vectorization_mode": "ale-py has one of its own",
     "autoreset_mode": "the agent needs SAME_STEP",
     "life_loss_info": "ale-py then gives no true successor where a life is lost; episodic_life=true ends the episode, and the game, there",
 }
+COUNTS = {"num_envs", "stack_num", "frameskip", "img_height", "img_width", "max_num_frames_per_episode"}
+SWITCHES = {"reward_clipping", "episodic_life", "full_action_space", "use_fire_reset", "maxpool"}
 
 
 def is_atari(env_id: str) -> bool:
@@ -62,7 +65,7 @@ def make_vec(env_id: str, num_envs: int, **env_args: Any) -> VectorEnv:
 
     Raises:
       ModuleNotFoundError: if ale-py is not installed.
-      ValueError: if an argument is given that is no choice.
+      ValueError: if an argument is given that is no choice, or one is out of range: ale-py itself hangs or crashes on some of these.
       TypeError: if there is no such argument.
       gymnasium.error.Error: if there is no such game.
     """
@@ -71,8 +74,7 @@ def make_vec(env_id: str, num_envs: int, **env_args: Any) -> VectorEnv:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"{env_id} needs ale-py: pip install 'dqn_jax[atari]'") from error
     gymnasium.register_envs(ale_py)
-    for name in env_args.keys() & FIXED.keys():
-        raise ValueError(f"{env_id} does not take {name}: {FIXED[name]}")
+    _require(env_id, {"num_envs": num_envs, **env_args})
     given = {**env_args, "reward_clipping": False, "autoreset_mode": AutoresetMode.SAME_STEP}
     return _AnySeed(gymnasium.make_vec(env_id, num_envs, vectorization_mode="vector_entry_point", **given))
 
@@ -80,6 +82,19 @@ def make_vec(env_id: str, num_envs: int, **env_args: Any) -> VectorEnv:
 def learnt_reward(env_args: dict[str, Any]) -> Callable[[Any], Any]:
     """What an agent learns from of what a game paid: within [-1, 1], unless ``reward_clipping`` is False among the arguments."""
     return (lambda reward: np.clip(reward, -1, 1)) if env_args.get("reward_clipping", True) else (lambda reward: reward)
+
+
+def _require(env_id: str, env_args: dict[str, Any]) -> None:
+    for name, value in env_args.items():
+        if name in FIXED:
+            raise ValueError(f"{env_id} does not take {name}: {FIXED[name]}")
+        if name in COUNTS and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        if name in SWITCHES and not isinstance(value, bool):
+            raise ValueError(f"{name} must be true or false, got {value!r}")
+    chance = env_args.get("repeat_action_probability", 0.0)
+    if not isinstance(chance, int | float) or not 0 <= chance <= 1:
+        raise ValueError(f"repeat_action_probability must be in [0, 1], got {chance!r}")
 
 
 class _AnySeed(VectorWrapper):
@@ -116,7 +131,9 @@ class AtariEnv(gymnasium.Env):
         return self._seen, info
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        """One decision: observation (at the end the last one of the episode), reward, terminated, truncated and what ale-py says."""
+        """One decision: observation (at the end the last one of the episode), reward, terminated, truncated, and what ale-py says, which
+        at the end is about the next episode.
+        """
         observation, rewards, terminations, truncations, infos = self._envs.step(np.array([action], self.action_space.dtype))
         terminated, truncated = bool(terminations[0]), bool(truncations[0])
         self._seen, self._begun = observation[0], None
@@ -126,9 +143,8 @@ class AtariEnv(gymnasium.Env):
         return self._seen, float(rewards[0]), terminated, truncated, _first(infos)
 
     def render(self) -> np.ndarray:  # type: ignore[override]
-        """The newest frame as the agent sees it, enlarged, uint8 ``[H, W, 3]``."""
-        frame = self._seen[-1].repeat(ENLARGED, 0).repeat(ENLARGED, 1)
-        return frame if frame.ndim == 3 else np.stack([frame] * 3, axis=-1)
+        """The newest frame as the agent sees it, uint8 ``[H, W, 3]``: a view, since a recording keeps all frames of an episode."""
+        return np.broadcast_to(self._seen[-1][..., None], (*self._seen[-1].shape, 3))
 
     def close(self) -> None:
         """Closes the game."""

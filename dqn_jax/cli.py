@@ -153,7 +153,9 @@ def _train_default(args: list[str]) -> Any:
     """
     algo = _named(args, "--algo", list(ALGORITHMS), "dqn")
     preset = ALGORITHMS[algo]
-    otherwise = "atari" if any(map(atari.is_atari, args)) and "atari" in preset.sets else "default"
+    paths = ("--name", "--folder", "--resume")
+    games = [word for before, word in itertools.pairwise(["", *args]) if atari.is_atari(word) and before not in paths]
+    otherwise = "atari" if games and "atari" in preset.sets else "default"
     chosen = _named(args, "--preset", list(preset.sets), otherwise)
     sets: Any = Annotated[Literal[tuple(preset.sets)], tyro.conf.arg(help="The set of options that the flags below start from.")]
     options: Any = Annotated[preset.options, tyro.conf.arg(name="", help=f"Options of {algo}.")]
@@ -220,8 +222,8 @@ def _choose_threads(task: Task) -> None:
     process, so it may choose.
     """
     seeds = task.seeds if task.seeds > 1 and envs.is_jax_env(task.env) else 1
-    width = max(task.options["hidden"] or (256 if task.algo == "sac" else 64,))
-    is_small = width * task.options["batch_size"] * seeds <= INLINE_SIZE
+    width = max(task.options.get("hidden") or (256 if task.algo == "sac" else 64,))
+    is_small = width * task.options.get("batch_size", 1) * seeds <= INLINE_SIZE
     with contextlib.suppress(RuntimeError):  # Called from a program that uses JAX already: it keeps its setting.
         if num_devices(seeds, usable_cores()) > 1:
             device_per_core()
@@ -237,7 +239,7 @@ def _has_large_images(task: Task) -> bool:
     except Exception:  # What is wrong is said when the run makes its own.
         return False
     env.close()
-    return encoder_of(task.options["encoder"], env.observation_space, task.options.get("frames", "off"))[0] == "nature"
+    return encoder_of(task.options.get("encoder", "auto"), env.observation_space, task.options.get("frames", "off"))[0] == "nature"
 
 
 def _new_name(command: Train) -> str:

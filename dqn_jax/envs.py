@@ -296,10 +296,12 @@ def true_successors(observation: Any, infos: dict[str, Any], ended: Any = None) 
       A new ``[N, ...]``, to hand to ``batch_act_and_train`` as ``next_observation``.
 
     Raises:
-      ValueError: if nothing says which environments ended.
+      ValueError: if nothing says which environments ended, or an ended one's last observation is missing.
     """
     successor = jax.tree.map(np.array, observation)
     if "final_obs" not in infos:
+        if ended is not None and np.any(ended):
+            raise ValueError("an episode ended and the infos hold no final_obs: make the vector environment with SAME_STEP auto-reset")
         return successor
     mask = infos.get("_final_obs") if ended is None else ended
     if mask is None:

@@ -103,15 +103,13 @@ def test_one_game_is_the_vector_of_one():
     assert info["episode_frame_number"] < 31 and not observation[:-1].any()
 
 
-def test_pictures_are_what_the_agent_sees():
+def test_pictures_are_what_the_agent_sees_and_take_no_memory_of_their_own():
     env = atari.make("ALE/Pong-v5", render_mode="rgb_array")
     observation, _ = env.reset(seed=0)
     picture = env.render()
-    assert picture.shape == (336, 336, 3) and picture.dtype == np.uint8
-    np.testing.assert_array_equal(picture[::4, ::4, 1], observation[-1])
-    colours = atari.make("ALE/Pong-v5", render_mode="rgb_array", grayscale=False)
-    observation, _ = colours.reset(seed=0)
-    np.testing.assert_array_equal(colours.render()[::4, ::4], observation[-1])
+    assert picture.shape == (84, 84, 3) and picture.dtype == np.uint8
+    np.testing.assert_array_equal(picture, np.stack([observation[-1]] * 3, axis=-1))
+    assert np.shares_memory(picture, observation)  # Whoever records keeps the frames of an episode, up to 27,000.
 
 
 # What an agent keeps and learns from.
@@ -179,7 +177,7 @@ def test_rewards_are_clipped_for_the_agent_and_returns_are_scores(num_envs, clip
     assert learnt.max() == 1 if clipped else learnt.sum() >= sum(returns)
 
 
-def test_the_preset_fits_and_learns_from_a_stack_of_frames():
+def test_the_preset_fits_a_stack_of_frames():
     space = atari.make_vec("ALE/Pong-v5", 1).single_observation_space
     agent = dqn_jax.dqn((space, gymnasium.spaces.Discrete(6)), **dqn_jax.PRESETS["atari"])
     state = jax.eval_shape(agent.init, jax.random.key(0), jax.ShapeDtypeStruct((8, *space.shape), space.dtype))
@@ -217,8 +215,21 @@ ALGORITHMS = {
 }
 
 
+def noting(method, told):
+    """The method, which also notes the highest reward that it is told."""
+
+    def noted(agent, observation, *outcome):
+        told.append(np.max(outcome[0]) if outcome else 0.0)
+        return method(agent, observation, *outcome)
+
+    return noted
+
+
 @pytest.mark.parametrize("words", ALGORITHMS.values(), ids=ALGORITHMS)
-def test_a_run_trains_resumes_evaluates_and_is_loaded(words, command):
+def test_a_run_trains_resumes_evaluates_and_is_loaded(words, command, monkeypatch):
+    told = []
+    for name in ("act_and_train", "batch_act_and_train"):
+        monkeypatch.setattr(dqn_jax.OnlineAgent, name, noting(getattr(dqn_jax.OnlineAgent, name), told))
     status, summary, err = command("train", "ALE/Carnival-v5", *words, *TRAIN, "--name", "one")
     assert status == 0, err
     assert summary["complete"] and summary["steps"] == 400 and summary["updates"] > 0
@@ -229,7 +240,8 @@ def test_a_run_trains_resumes_evaluates_and_is_loaded(words, command):
         ended = [row for row in csv.DictReader(file) if float(row["episodes"])]
     assert {float(row["length"]) for row in ended} == {30}
     scores = [float(row["return"]) * float(row["episodes"]) for row in ended]
-    assert max(scores) > 0 and all(score % 10 == 0 for score in scores)  # What is shot pays 20 points or more.
+    assert max(scores) > 0 and all(score % 10 == 0 for score in scores)  # What is shot pays 20 points or more,
+    assert max(told) == 1  # of which the agent learns no more than 1.
     status, played, err = command("eval", "runs/one", "--episodes", 2)
     assert status == 0, err
     assert len(played["returns"]) == 2 and all(score % 10 == 0 for score in played["returns"])
@@ -244,6 +256,11 @@ def test_a_run_trains_resumes_evaluates_and_is_loaded(words, command):
         (["ALE/Pnog-v5"], "Did you mean: `Pong`"),
         (["ALE/Pong-v5", "--env-arg", "batch_size=3"], "ALE/Pong-v5 does not take batch_size: all games step together"),
         (["ALE/Pong-v5", "--env-arg", "life_loss_info=true"], "no true successor where a life is lost; episodic_life=true"),
+        (["ALE/Pong-v5", "--env-arg", "game=breakout"], "ALE/Pong-v5 does not take game: the id names it"),
+        (["ALE/Pong-v5", "--env-arg", "grayscale=false"], "no network here takes stacks of colour pictures"),
+        (["ALE/Pong-v5", "--env-arg", "stack_num=0"], "stack_num must be a whole number of at least 1, got 0"),
+        (["ALE/Pong-v5", "--env-arg", "reward_clipping=no"], "reward_clipping must be true or false, got 'no'"),
+        (["ALE/Pong-v5", "--env-arg", "repeat_action_probability=7"], "repeat_action_probability must be in [0, 1], got 7"),
         (["ALE/Pong-v5", "--env-arg", "stickiness=0"], "unexpected keyword argument 'stickiness'"),
     ],
 )
