@@ -7,6 +7,7 @@ from dqn_jax.algorithms.pqn import PQNState
 from dqn_jax.algorithms.sac import SACState
 from dqn_jax.checkpoint import CheckpointError, digest
 from dqn_jax.envs import from_func_env, from_gymnax, from_pgx, make, true_successors
+from dqn_jax.finite import NonFiniteError
 from dqn_jax.online import OnlineAgent
 from dqn_jax.presets.dqn import DQN, DQNOptions, dqn
 from dqn_jax.presets.dqn_sets import C51_PRESETS, IQN_PRESETS, PRESETS, QRDQN_PRESETS, RAINBOW_PRESETS
@@ -87,5 +88,6 @@ __all__ = [
     "device_per_core",
     "load_run",
     "CheckpointError",
+    "NonFiniteError",
     "digest",
 ]

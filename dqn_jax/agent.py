@@ -10,7 +10,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from dqn_jax.types import Agent, AgentState, Algorithm, Cadence, Decision, Memory, Transition
+from dqn_jax import finite
+from dqn_jax.types import Agent, AgentState, Algorithm, Batch, Cadence, Decision, Feedback, Memory, Transition
 
 # Streams of random numbers: fold_in(fold_in(key, TAG), counter). The key itself never advances, so the two loops draw the same
 # numbers, however their calls are grouped, and a resumed run goes on with the same streams.
@@ -76,14 +77,23 @@ def assemble(algorithm: Algorithm, memory: Memory, *, discount: chex.Numeric, wa
         key_sample, key_learn = jax.random.split(stream(state.key, UPDATE, updates))
         return memory.noise(key_sample), key_learn
 
-    def update(state: AgentState, drawn: tuple[Any, chex.PRNGKey]) -> tuple[AgentState, Any]:
+    def examine(state: AgentState, drawn: tuple[Any, chex.PRNGKey]) -> tuple[Batch, Any, Feedback]:
         sample_noise, key_learn = drawn
         batch = memory.sample(state.memory, sample_noise)
-        discounted = batch.transition._replace(discount=discount * batch.transition.discount)
-        learner, feedback = algorithm.learn(state.learner, batch._replace(transition=discounted), key_learn, state.step)
-        rows = memory.reweigh(state.memory, batch.index, feedback.priority)
+        batch = batch._replace(transition=batch.transition._replace(discount=discount * batch.transition.discount))
+        return batch, *algorithm.learn(state.learner, batch, key_learn, state.step)
+
+    def update(state: AgentState, drawn: tuple[Any, chex.PRNGKey]) -> tuple[AgentState, Any]:
+        batch, learner, (priority, metrics, sound, _) = examine(state, drawn)
+        if isinstance(sound, tuple):  # The algorithm has not looked.
+            sound = finite.all_finite((learner, dict(metrics).get("loss", ())))
+            learner = finite.choose(sound, learner, state.learner)
+        # A priority that is not finite is not written.
+        refused = jax.tree.map(lambda leaf: jnp.where(sound, leaf, jnp.nan), priority)
+        rows = memory.reweigh(state.memory, batch.index, refused)
+        # The count goes on, and with it the random numbers: the next try draws other rows.
         new = state._replace(learner=learner, memory=rows, updates=state.updates + 1)
-        return _unchanged(state, new), feedback.metrics
+        return _unchanged(state, new), {**dict(metrics), "refused": 1.0 - sound.astype(jnp.float32)}
 
     def cadence(num_envs: int) -> Cadence:
         if num_envs < 1:
@@ -102,7 +112,7 @@ def assemble(algorithm: Algorithm, memory: Memory, *, discount: chex.Numeric, wa
         first = max(1, -(-warmup // (rows * num_envs)))
         return Cadence((first - 1) * rows, rows, updates * max(1, num_envs // period))
 
-    return Agent(init, noise, explore, algorithm.exploit, observe, cut, draw, update, cadence)
+    return Agent(init, noise, explore, algorithm.exploit, observe, cut, draw, update, examine, cadence)
 
 
 def _unchanged(old: AgentState, new: AgentState) -> AgentState:

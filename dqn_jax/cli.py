@@ -133,7 +133,16 @@ def main(args: list[str] | None = None) -> None:
     command = tyro.cli(commands, args=args, prog="dqn-jax", description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
     try:
         summary = _train(command) if isinstance(command, Train) else _eval(command) if isinstance(command, Eval) else _bench(command)
-    except (ValueError, TypeError, NotImplementedError, OSError, MemoryError, ModuleNotFoundError, gymnasium.error.Error) as error:
+    except (
+        ValueError,
+        TypeError,
+        FloatingPointError,
+        NotImplementedError,
+        OSError,
+        MemoryError,
+        ModuleNotFoundError,
+        gymnasium.error.Error,
+    ) as error:
         say(f"error: {error}")
         sys.exit(2)
     except KeyboardInterrupt:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dqn_jax import atari, checkpoint, envs, footprint, seeds, spaces, training
+from dqn_jax import atari, checkpoint, envs, finite, footprint, seeds, spaces, training
 from dqn_jax.online import OnlineAgent
 from dqn_jax.presets.reading import read_spaces
 from dqn_jax.presets.table import ALGORITHMS
@@ -179,9 +179,20 @@ class CompiledRuns:
         columns = {name: np.asarray(values) for name, values in history.items() if name != "step"}
         preset = ALGORITHMS[self.task.algo]
         scheduled = preset.scheduled(self.steps, self.task.options)
+        self._require_learning(columns["refused"])
         if said := preset.complaint({name: float(np.mean(values)) for name, values in columns.items()}):
             warnings.warn(said, stacklevel=2)
         return [{**{name: float(values[i]) for name, values in columns.items()}, **scheduled} for i in range(self.task.seeds)]
+
+    def _require_learning(self, refused: np.ndarray) -> None:
+        """Raises if all updates of a chunk were refused for a seed."""
+        if (refused == 1.0).any():
+            seed = int(np.argmax(refused == 1.0))
+            why = finite.explain(self.agent, jax.tree.map(lambda leaf: leaf[seed], self._run.agent))
+            raise finite.NonFiniteError(
+                f"seed {self.task.seed + seed}: all updates since the last point of the curve were refused, since loss or gradient were "
+                f"not finite; nothing was learnt from them. Of update {self.updates}:\n  {why}"
+            )
 
     def evaluate(self) -> np.ndarray:
         """The mean return of greedy episodes, for each seed."""

@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dqn_jax import checkpoint, footprint
+from dqn_jax import checkpoint, finite, footprint
 from dqn_jax.programs import Packing, Parts, compile_programs, is_inline
 from dqn_jax.staging import Ahead, Staging
 from dqn_jax.types import Agent, AgentState, RunState
 
 RECENT = 100  # Updates over which the statistics are averaged.
+PATIENCE = 20  # Calls that learn in a row whose updates may all be refused, because loss or gradient are not finite.
 
 # The state, and what must change together with it. Programs return learner, metrics and memory in this order.
 LEARNER, METRICS, MEMORY, UPDATES, STORED, STAGING = range(6)
@@ -146,6 +147,19 @@ class Stepper:
         noted = updates + self._cadence.updates, self.step, staging.emptied()
         self._swap(slice(LEARNER, None), noted, self._programs.learn, learner, memory, staging.arrays, draws, self._counts())
         self.recent.append(self._cell[METRICS])
+        if noted[0] // self._cadence.updates % PATIENCE == 0:
+            self._require_learning()
+
+    def _require_learning(self) -> None:
+        """Raises if nothing has been learnt lately. To look waits for the device, so it is done once in a while."""
+        recent = list(self.recent)[-PATIENCE:]
+        # Not the newest: it may still be computed.
+        if len(recent) == PATIENCE and float(recent[-2]["refused"]) == 1.0 and all(float(one["refused"]) == 1.0 for one in recent):
+            why = finite.explain(self._agent, self.live_state())
+            raise finite.NonFiniteError(
+                f"the updates of {PATIENCE} calls in a row were refused, since loss or gradient were not finite; nothing was learnt from "
+                f"them, and the agent can be used as before. Of update {self.updates}:\n  {why}"
+            )
 
     def _swap(self, places: slice, noted: tuple[Any, ...], program: Callable[..., Any], *args: Any) -> None:
         """Runs a program and puts its results, and what is to be noted with them, into the cell within one C call.

@@ -72,10 +72,21 @@ class Batch(NamedTuple):
 
 
 class Feedback(NamedTuple):
-    """What learning gives back: priorities ``[B]`` to the memory, and a dict of scalars to people."""
+    """What learning gives back.
+
+    Attributes:
+      priority: ``[B]``, for the memory.
+      metrics: a dict of scalars, for people.
+      finite: whether the update was one to make, a bool. An algorithm that gives it returns the learner as it came where it is False. One
+        that leaves it out lets ``assemble`` look through all that was learnt, and put back what was there before; for large networks
+        that is the dearer way.
+      gradient: what the update went down, as a tree, or (); only looked at when somebody asks why an update was refused.
+    """
 
     priority: chex.ArrayTree = ()
     metrics: Any = ()
+    finite: Any = ()
+    gradient: Any = ()
 
 
 class Step(NamedTuple):
@@ -223,7 +234,9 @@ class Agent(NamedTuple):
       observe: ``(state, transition[N]) -> state``.
       cut: ``(state, mask[N]) -> state``.
       draw: ``(state, updates) -> drawn``: all the randomness of the update with that number.
-      update: ``(state, drawn) -> (state, metrics)``.
+      update: ``(state, drawn) -> (state, metrics)``. Where loss or gradient are not finite nothing is learnt, and the metric ``refused`` is
+        1 instead of 0.
+      examine: ``(state, drawn) -> (batch, learner, feedback)``: what ``update`` looks at before it decides whether to refuse.
       cadence: ``(N) -> Cadence``.
     """
 
@@ -235,6 +248,7 @@ class Agent(NamedTuple):
     cut: Callable[..., "AgentState"]
     draw: Callable[..., Any]
     update: Callable[..., tuple["AgentState", Any]]
+    examine: Callable[..., tuple[Batch, Any, Feedback]]
     cadence: Callable[[int], Cadence]
 
 

@@ -386,6 +386,25 @@ def test_an_update_changes_the_learner_and_only_it(subject):
     assert all(np.isfinite(value) for value in metrics.values())
 
 
+def paid(state, reward):
+    """The state with this in place of every stored reward."""
+
+    def replaced(path, leaf):
+        return jnp.full_like(leaf, reward) if jax.tree_util.keystr(path).endswith(".reward") else leaf
+
+    return state._replace(memory=jax.tree_util.tree_map_with_path(replaced, state.memory))
+
+
+def test_an_update_that_is_not_finite_changes_nothing_but_the_count(subject):
+    agent, state = subject.compiled, paid(subject.state, np.nan)
+    after, metrics = agent.update(state, agent.draw(state, state.updates))
+    assert float(metrics["refused"]) == 1.0
+    assert int(after.updates) == int(state.updates) + 1  # The next try draws other rows.
+    chex.assert_trees_all_equal(plain(after._replace(updates=state.updates)), plain(state))
+    _, metrics = agent.update(subject.state, agent.draw(subject.state, subject.state.updates))
+    assert float(metrics["refused"]) == 0.0
+
+
 def test_parameters_and_targets_are_different_buffers(subject):
     state = subject.compiled.init(jax.random.key(0), row_of(subject.observations, 0))
     eager = subject.agent.init(jax.random.key(0), row_of(subject.observations, 0))

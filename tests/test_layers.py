@@ -13,7 +13,19 @@ ROOT = Path(dqn_jax.__file__).parent
 SOURCES = {path.relative_to(ROOT).with_suffix("").as_posix(): ast.parse(path.read_text()) for path in sorted(ROOT.rglob("*.py"))}
 
 FOUNDATION = {"types"}
-TOOLS = {"minibatches", "returns", "networks", "policies", "normalize", "optimizers", "spaces", "distributions", "heads", "value_networks"}
+TOOLS = {
+    "finite",
+    "minibatches",
+    "returns",
+    "networks",
+    "policies",
+    "normalize",
+    "optimizers",
+    "spaces",
+    "distributions",
+    "heads",
+    "value_networks",
+}
 DATA = {"memory", "algorithms", "curiosity", "envs", "atari"}
 DRIVERS = {"seeds", "training", "programs", "staging", "stepper", "online"}
 BELOW_PRESETS = FOUNDATION | TOOLS | DATA | {"agent", "checkpoint", "footprint", "options"} | DRIVERS
@@ -26,14 +38,14 @@ MAY_IMPORT = {
     "curiosity": FOUNDATION | TOOLS,
     "atari": set(),
     "envs": FOUNDATION | TOOLS | {"atari"},
-    "agent": FOUNDATION,
+    "agent": FOUNDATION | {"finite"},
     "checkpoint": FOUNDATION,
     "footprint": set(),
     "seeds": {"footprint"},
     "training": FOUNDATION | {"checkpoint", "footprint", "seeds"},
     "programs": FOUNDATION,
     "staging": FOUNDATION | {"programs"},
-    "stepper": FOUNDATION | {"checkpoint", "footprint", "programs", "staging"},
+    "stepper": FOUNDATION | {"checkpoint", "finite", "footprint", "programs", "staging"},
     "online": FOUNDATION | {"checkpoint", "spaces", "staging", "stepper"},
     "options": set(),
     "distributions": FOUNDATION | {"policies"},

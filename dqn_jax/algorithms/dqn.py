@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dqn_jax import heads, policies, returns
+from dqn_jax import finite, heads, policies, returns
 from dqn_jax.heads import Head, Learnt
 from dqn_jax.types import Algorithm, Batch, Decision, Feedback, Transition
 
@@ -174,16 +174,20 @@ def dqn(
         crossed = step // target_update_interval > learner.step // target_update_interval
         return jax.tree.map(lambda new, old: jnp.where(crossed, new, old), moved, learner.target_params)
 
+    def descended(learner: DQNState, grads: Any, step: chex.Array) -> DQNState:
+        changes, opt_state = optimizer.update(grads, learner.opt_state, learner.params)
+        learner = learner._replace(params=optax.apply_updates(learner.params, changes), opt_state=opt_state)
+        return learner._replace(target_params=refresh(learner, step), step=jnp.asarray(step, jnp.int32))
+
     def learn(learner: DQNState, batch: Batch, key: chex.PRNGKey, step: chex.Array) -> tuple[DQNState, Feedback]:
         key_inputs, *keys = jax.random.split(key, 4)
         layers = [draw_layers(learner.params, each) for each in keys]  # Of prediction, target and choice: three noises, apart.
         inputs = head.draw(key_inputs, batch.transition.action.shape[0])
         gradient = jax.value_and_grad(batch_loss, has_aux=True)
         (value, (priority, metrics)), grads = gradient(learner.params, learner.target_params, batch, layers, inputs)
-        changes, opt_state = optimizer.update(grads, learner.opt_state, learner.params)
-        learner = learner._replace(params=optax.apply_updates(learner.params, changes), opt_state=opt_state)
-        learner = learner._replace(target_params=refresh(learner, step), step=jnp.asarray(step, jnp.int32))
-        return learner, Feedback(priority, {"loss": value, **metrics})
+        sound = finite.is_sound(value, grads)
+        learner = finite.learn_if(sound, lambda learner: descended(learner, grads, step), learner)
+        return learner, Feedback(priority, {"loss": value, **metrics}, sound, grads)
 
     return Algorithm(init, noise, explore, exploit, learn)
 

@@ -10,6 +10,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from dqn_jax import finite
 from dqn_jax.types import Algorithm, Batch, Curiosity, Decision, Feedback, Transition
 
 
@@ -69,7 +70,11 @@ def curious(algorithm: Algorithm, curiosity: Curiosity, *, weight: chex.Numeric 
             paid = t._replace(extras={**t.extras, **stream})
         learner, feedback = algorithm.learn(state.learner, batch._replace(transition=paid), key_learner, step)
         metrics = {**feedback.metrics, "intrinsic_reward": jnp.mean(bonus), **metrics}
-        return CuriousState(learner, urge), feedback._replace(metrics=metrics)
+        new = CuriousState(learner, urge)
+        if isinstance(feedback.finite, tuple):  # Nobody has looked yet: ``assemble`` looks through both.
+            return new, feedback._replace(metrics=metrics)
+        sound = feedback.finite & finite.all_finite(urge)  # What is wrong with one leaves both as they were.
+        return finite.choose(sound, new, state), feedback._replace(metrics=metrics, finite=sound)
 
     return Algorithm(init, noise, explore, exploit, learn)
 
