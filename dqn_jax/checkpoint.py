@@ -1,14 +1,14 @@
 """Saving and restoring any state, exactly, in one file that cannot run code.
 
-The format is safetensors: a JSON header and raw arrays. The header carries the shape and dtype of every leaf, a SHA-256 over all of
-them, and a dict of the caller's. A file appears under its name only when it is whole. The structure comes from the caller's template,
-never from the file.
+The format is safetensors: a JSON header and raw arrays. The header carries the format's number, the versions of what wrote it, the shape
+and dtype of every leaf, a SHA-256 over all of them, and a dict of the caller's. A file appears under its name only when it is whole. The
+structure comes from the caller's template, never from the file.
 """
 
 import hashlib
 import json
 import os
-import tempfile
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-FORMAT = "dqn_jax checkpoint 1"
+FORMAT = "dqn_jax checkpoint 2"
+# What reading a file that says nonsense may raise, where its checksums are right and yet it was not written by ``save``.
+NONSENSE = ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError, MemoryError
 
 
 class CheckpointError(ValueError):
@@ -33,6 +35,9 @@ def save(path: str | os.PathLike, tree: chex.ArrayTree, info: dict[str, Any] | N
       path: the file; missing folders are made.
       tree: any pytree of arrays, typed keys included. It is copied to the host; it stays usable.
       info: a dict of JSON values to keep beside it.
+
+    Raises:
+      OSError: if it cannot be written, on a full disk for example; the file that was there before is whole.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,11 +47,12 @@ def save(path: str | os.PathLike, tree: chex.ArrayTree, info: dict[str, Any] | N
             "sha256": _digest(leaves),
             "leaves": {name: [list(leaf.shape), dtype] for name, (dtype, leaf) in leaves.items()},
             "info": info or {},
+            "versions": {"jax": jax.__version__, "numpy": np.__version__, "python": platform.python_version()},
         }
     )
     header = {"format": FORMAT, "manifest": manifest, "manifest_sha256": hashlib.sha256(manifest.encode()).hexdigest()}
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
-    os.close(handle)
+    # Always the same name: what a save that was killed has left is written over by the next one.
+    partial = path.with_name(f"{path.name}.partial")
     try:
         save_file({name: _storable(leaf) for name, (_, leaf) in leaves.items()}, partial, metadata=header)
         with open(partial, "rb") as file:
@@ -57,8 +63,10 @@ def save(path: str | os.PathLike, tree: chex.ArrayTree, info: dict[str, Any] | N
             os.fsync(folder)
         finally:
             os.close(folder)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        if isinstance(error, SafetensorError):
+            raise OSError(f"{path} could not be written ({error}): make room on the disk; what was there before is untouched") from error
         raise
 
 
@@ -77,17 +85,17 @@ def load(path: str | os.PathLike, template: chex.ArrayTree) -> tuple[Any, dict[s
       CheckpointError: if it is not a checkpoint, does not fit the template (every difference is listed), or is damaged.
     """
     manifest = _manifest(path)
-    saved = {name: (tuple(shape), dtype) for name, (shape, dtype) in manifest["leaves"].items()}
     expected = _forms(template)
-    if problems := _differences(saved, expected):
+    if problems := _differences(manifest["leaves"], expected):
+        told = {name: value for name, value in manifest["info"].items() if name != "world"}
         raise CheckpointError(
             f"{path} does not fit this agent; build the agent with the spaces and the options it was saved with (beside it stands "
-            f"{manifest['info']}):\n  {problems}"
+            f"{told}):\n  {problems}"
         )
     try:
         with safe_open(path, framework="numpy") as file:
             leaves = {name: (dtype, _stored(file.get_tensor(name), dtype)) for name, (_, dtype) in expected.items()}
-    except SafetensorError as error:
+    except (SafetensorError, *NONSENSE) as error:
         raise CheckpointError(f"{path} is damaged ({error}): restore an earlier checkpoint") from error
     if _digest(leaves) != manifest["sha256"]:
         raise CheckpointError(f"{path} is damaged (its checksum does not match): restore an earlier checkpoint")
@@ -128,14 +136,19 @@ def _manifest(path: str | os.PathLike) -> dict[str, Any]:
     try:
         with safe_open(path, framework="numpy") as file:
             header = file.metadata() or {}
-    except SafetensorError as error:
+    except (SafetensorError, *NONSENSE) as error:
         raise CheckpointError(f"{path} is not a checkpoint of dqn_jax, or is damaged ({error})") from error
     if header.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of this version: its format is {header.get('format')!r}, expected {FORMAT!r}")
     manifest = header.get("manifest", "")
     if hashlib.sha256(manifest.encode()).hexdigest() != header.get("manifest_sha256"):
         raise CheckpointError(f"{path} is damaged (the checksum of its header does not match): restore an earlier checkpoint")
-    return json.loads(manifest)
+    try:
+        read = json.loads(manifest)
+        read["leaves"] = {name: (tuple(shape), dtype) for name, (shape, dtype) in read["leaves"].items()}
+        return {"info": dict(read["info"]), "sha256": str(read["sha256"]), "leaves": read["leaves"]}
+    except NONSENSE as error:
+        raise CheckpointError(f"{path} was not written by this package: its header makes no sense ({type(error).__name__})") from error
 
 
 def _named_leaves(tree: chex.ArrayTree) -> dict[str, Any]:

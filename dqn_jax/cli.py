@@ -47,8 +47,8 @@ class Train:
     algo: Literal[tuple(ALGORITHMS)] = "dqn"  # type: ignore[valid-type]
     """The algorithm; which presets and options there are depends on it (dqn-jax train --algo ppo --help)."""
     steps: int | None = None
-    """Environment steps for each seed (default: 50000; with --resume: as before). A JAX environment makes some more, to whole updates; what
-    follows a schedule of its own number of steps does not stretch with this."""
+    """Environment steps for each seed in all (default: 50000; with --resume or --fork: as before). A JAX environment makes some more, to
+    whole updates; what follows a schedule of its own number of steps does not stretch with this."""
     seed: int = 0
     """Seed of the first agent; the others follow."""
     seeds: int = 1
@@ -64,7 +64,11 @@ class Train:
     folder: Path = Path("runs")
     """Where the run's folder goes."""
     resume: Path | None = None
-    """A run's folder: go on from its last checkpoint, with the options of the run; only --steps and --json may stand beside it."""
+    """A run's folder: go on from its last checkpoint, with its options; only --steps, --rollback and --json may stand beside it."""
+    rollback: bool = False
+    """With --resume: go on from the checkpoint before the last."""
+    fork: Path | None = None
+    """A run's folder: begin a new run with its last state and its options, but for those given."""
     json: bool = False
     """Print the summary as the last line of standard output, one JSON object."""
 
@@ -123,9 +127,12 @@ class Bench:
 def main(args: list[str] | None = None) -> None:
     """The console script. Errors that a user can mend are one line on standard error, and exit status 2; 1 if a benchmark failed."""
     args = sys.argv[1:] if args is None else args
-    default = _train_default(args)
-    if args[:1] == ["train"] and (foreign := _foreign_flag(args, default)):
-        say(f"error: {foreign}")
+    try:
+        default = _train_default(args)
+        if args[:1] == ["train"]:
+            _require_own_flags(args, default)
+    except (ValueError, OSError) as error:
+        say(f"error: {error}")
         sys.exit(2)
     train_command: Any = tyro.conf.subcommand("train", default=default)
     eval_command, bench_command = tyro.conf.subcommand("eval"), tyro.conf.subcommand("bench")
@@ -153,6 +160,8 @@ def main(args: list[str] | None = None) -> None:
         print(json.dumps(summary), flush=True)
     if isinstance(command, Bench) and summary["failures"]:
         sys.exit(1)
+    if isinstance(command, Train) and summary.get("interrupt"):
+        sys.exit(128 + summary["interrupt"])  # As shells have it.
 
 
 def _train_default(args: list[str]) -> Any:
@@ -160,9 +169,11 @@ def _train_default(args: list[str]) -> Any:
     that --help shows them and flags override them. A game of Atari starts from the set of that name. Where a name is unknown, the parser
     says so.
     """
-    algo = _named(args, "--algo", list(ALGORITHMS), "dqn")
+    split = [word for arg in args for word in (arg.split("=", 1) if arg.startswith("--fork=") else [arg])]
+    task = next((read_task(Path(value)) for flag, value in itertools.pairwise(split) if flag == "--fork"), None)
+    algo = _named(args, "--algo", list(ALGORITHMS), "dqn") if task is None else task.algo
     preset = ALGORITHMS[algo]
-    paths = ("--name", "--folder", "--resume")
+    paths = ("--name", "--folder", "--resume", "--fork")
     games = [word for before, word in itertools.pairwise(["", *args]) if atari.is_atari(word) and before not in paths]
     otherwise = "atari" if games and "atari" in preset.sets else "default"
     chosen = _named(args, "--preset", list(preset.sets), otherwise)
@@ -173,13 +184,34 @@ def _train_default(args: list[str]) -> Any:
         ("options", options, dataclasses.field(default_factory=preset.options)),
     ]
     kind: Any = dataclasses.make_dataclass("Train", fields, bases=(Train,), frozen=True, namespace={"__doc__": Train.__doc__})
-    return kind(algo=algo, options=preset.options(**preset.sets[chosen]))
+    if task is None:
+        return kind(algo=algo, options=preset.options(**preset.sets[chosen]))
+    beside = {name: getattr(task, name) for name in ("env", "steps", "seed", "seeds", "num_envs", "eval_episodes")}
+    env_arg = tuple(f"{name}={json.dumps(value)}" for name, value in task.env_args.items())
+    options_then = {name: tuple(value) if isinstance(value, list) else value for name, value in task.options.items()}  # JSON has no tuples.
+    return kind(algo=algo, options=preset.options(**options_then), env_arg=env_arg, **beside)
 
 
-def _foreign_flag(args: list[str], command: Any) -> str | None:
+def _require_own_flags(args: list[str], command: Any) -> None:
+    """Raises ValueError on a flag that is another library's or another algorithm's, or that a run to go on with does not take."""
+    flags = [arg.partition("=")[0] for arg in args if arg.startswith("--")]
+    if foreign := _foreign_flag(flags, command):
+        raise ValueError(foreign)
+    others = [flag for flag in flags if flag not in ("--resume", "--steps", "--rollback", "--no-rollback", "--json", "--no-json", "--help")]
+    if "--resume" in flags and others:
+        raise ValueError(
+            f"--resume goes on with the run's own options: leave out {', '.join(others)}, or begin a new run from its state with --fork"
+        )
+    if "--rollback" in flags and "--resume" not in flags:
+        raise ValueError("--rollback goes with --resume RUN")
+    if "--fork" in flags and (sets := [flag for flag in flags if flag in ("--algo", "--preset")]):
+        raise ValueError(f"--fork begins with the options of its run: leave out {' and '.join(sets)}, and give single options")
+
+
+def _foreign_flag(flags: list[str], command: Any) -> str | None:
     """What to give for the first flag that is another library's or another algorithm's, or None where there is none."""
     names = {field.name for kind in (command, command.options) for field in dataclasses.fields(kind)}
-    for flag in (arg.partition("=")[0] for arg in args if arg.startswith("--")):
+    for flag in flags:
         name = flag[2:].replace("-", "_")
         owners = [algo for algo, preset in ALGORITHMS.items() if name in {field.name for field in dataclasses.fields(preset.options)}]
         hint = elsewhere(name, names) or (f"it is one of {' and '.join(owners)}" if owners else None)
@@ -198,10 +230,8 @@ def _named(args: list[str], flag: str, known: list[str], otherwise: str) -> str:
 
 def _train(command: Any) -> dict[str, Any]:
     if command.resume is not None:
-        plain = type(command)()
-        others = [f.name for f in dataclasses.fields(command) if getattr(command, f.name) != getattr(plain, f.name)]
-        if extra := sorted(set(others) - {"resume", "steps", "json"}):
-            raise ValueError(f"--resume goes on with the run's own options; leave out {', '.join(extra)}")
+        if command.env is not None:
+            raise ValueError(f"--resume goes on in the run's own environment: leave out {command.env}")
         task, folder = read_task(command.resume), command.resume
         task = task._replace(steps=task.steps if command.steps is None else command.steps)
     elif command.env is None:
@@ -220,7 +250,7 @@ def _train(command: Any) -> dict[str, Any]:
         )
         folder = command.folder / (command.name or _new_name(command))
     _choose_threads(task)
-    summary = train(task, folder, resume=command.resume is not None)
+    summary = train(task, folder, resume=command.resume is not None, rollback=command.rollback, fork=command.fork)
     if not command.json:
         _print_summary(summary)
     return summary

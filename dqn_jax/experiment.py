@@ -1,8 +1,8 @@
 """A run from the first step to its summary: folder, progress, evaluations, checkpoints, interrupts, resume.
 
 The folder of a run holds ``config.json``, ``metrics.csv`` (a row for each chunk and seed), ``last.safetensors`` (everything, to go on
-from), ``best.safetensors`` (for each seed what it had learnt when it evaluated best), ``summary.json`` and, where matplotlib is
-installed, ``curve.png``.
+from), ``previous.safetensors`` (the one before it, should it be damaged), ``best.safetensors`` (for each seed what it had learnt when it
+evaluated best), ``summary.json`` and, where matplotlib is installed, ``curve.png``.
 """
 
 import csv
@@ -29,22 +29,26 @@ from dqn_jax.statistics import bootstrap_interval, iqm
 EVALUATIONS = 10
 
 
-def train(task: Task, folder: Path, *, resume: bool = False) -> dict[str, Any]:
+def train(task: Task, folder: Path, *, resume: bool = False, rollback: bool = False, fork: Path | None = None) -> dict[str, Any]:
     """Runs ``task`` to its end, or to an interrupt, and leaves a folder from which it can go on.
 
     Args:
       task: what to run.
       folder: of the run.
       resume: go on from the folder's last checkpoint.
+      rollback: go on from the checkpoint before the last instead, which is then gone.
+      fork: the folder of another run, whose last state this new one begins with; its options may differ where the state still fits.
 
     Returns:
       The summary, a dict of JSON values; see ``summarise``.
 
     Raises:
       FileExistsError: if the folder holds a run and ``resume`` is False.
+      dqn_jax.NonFiniteError: if nothing is learnt any more, since losses are not finite; the run has been saved.
       FileNotFoundError, dqn_jax.CheckpointError: if there is nothing sound to resume from.
     """
-    _require_counts(task)
+    if not resume:
+        _require_counts(task)
     say(describe_device())
     if not resume and (folder / "config.json").exists():
         raise FileExistsError(f"{folder} holds a run: choose another --name, or go on with --resume {folder}")
@@ -58,41 +62,48 @@ def train(task: Task, folder: Path, *, resume: bool = False) -> dict[str, Any]:
     (folder / "config.json").write_text(json.dumps(task._asdict(), indent=2) + "\n")
     log = Log(folder, task)
     if resume:
-        log.restore(runs)
-        if runs.steps >= task.steps:
-            say(f"the run has made its {runs.steps:,} steps already: to go on, ask for more with --steps")
+        log.restore(runs, rollback)
+    elif fork is not None:
+        log.begin_with(runs, fork)
+    if runs.steps >= task.steps:
+        say(f"the run has made {runs.steps:,} steps already: to go on, ask for more in all with --steps")
     first = runs.steps
-    seconds = _loop(task, runs, log)
+    seconds, interrupt = _loop(task, runs, log)
     speed = (runs.steps - first) * task.seeds / seconds if seconds else math.nan
-    summary = summarise(task, folder, runs, log, speed, compile_seconds)
+    summary = summarise(task, folder, runs, log, speed, compile_seconds) | {"interrupt": interrupt}
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     draw_curve(log.rows, folder / "curve.png")
     return summary
 
 
-def _loop(task: Task, runs: HostRuns | CompiledRuns, log: "Log") -> float:
-    """Trains until the steps are done or somebody interrupts. Returns the seconds spent training, evaluations apart."""
+def _loop(task: Task, runs: HostRuns | CompiledRuns, log: "Log") -> tuple[float, int | None]:
+    """Trains until the steps are done or somebody interrupts. Returns the seconds spent training, evaluations apart, and the number of the
+    signal that interrupted.
+    """
     seconds = 0.0
     first = runs.steps
+    whole = True  # Whether no chunk is half done.
     every = task.steps / EVALUATIONS
     bar = tqdm(total=max(task.steps, runs.steps), initial=runs.steps, unit="step", unit_scale=True, file=sys.stderr, dynamic_ncols=True)
     with bar, interrupts() as interrupted:
         try:
             while runs.steps < task.steps and not interrupted():
                 before, start = runs.steps, time.perf_counter()
+                whole = False
                 curve = runs.advance()
+                whole = True
                 seconds += time.perf_counter() - start
                 due = runs.steps // every > before // every or runs.steps >= task.steps
-                log.add(runs, curve, runs.evaluate() if due or interrupted() else None)
+                log.add(runs, curve, runs.evaluate() if due else None)
                 bar.set_postfix(log.latest(), refresh=False)
                 bar.total = max(bar.total, runs.steps)
                 bar.update(runs.steps - before)
                 if due:
-                    log.save(runs)
+                    log.save(runs, whole)
         finally:
             if runs.steps > first:
-                log.save(runs)  # Also when an environment raised: nothing that was learnt is lost.
-    return seconds
+                log.save(runs, whole)  # Also when an environment raised: nothing that was learnt is lost.
+    return seconds, interrupted()
 
 
 class Log:
@@ -104,6 +115,7 @@ class Log:
         self.rows: list[dict[str, float]] = []
         self.best = np.full(task.seeds, -np.inf)
         self._best_learners: Any = None
+        self._saved: int | None = None  # Steps of the last checkpoint, where it is whole.
 
     def add(self, runs: HostRuns | CompiledRuns, curve: list[dict[str, float]], evaluated: np.ndarray | None) -> None:
         """One chunk's rows, one for each seed, and its evaluation, if there was one."""
@@ -136,26 +148,76 @@ class Log:
         means = {name: _mean(values) for name, values in {**shown, "eval": evaluated}.items()}
         return {name: f"{value:.3g}" for name, value in means.items() if not math.isnan(value)}
 
-    def save(self, runs: HostRuns | CompiledRuns) -> None:
-        """Writes the rows and the state. The rows come first: those beyond the state's steps are dropped on resume."""
+    def save(self, runs: HostRuns | CompiledRuns, whole: bool) -> None:
+        """Writes the rows, and then the state; the state before it is kept. Rows beyond the state's steps are dropped on resume.
+
+        Args:
+          runs: what to save.
+          whole: whether the environments stand where the agents think they do; where not, their episodes are lost.
+        """
+        if whole and self._saved == runs.steps:
+            return
         partial = self.folder / "metrics.csv.partial"
         with open(partial, "w", newline="") as file:
             writer = csv.DictWriter(file, list(self.rows[0]) if self.rows else ["steps"])  # None where the first evaluation failed.
             writer.writeheader()
             writer.writerows(self.rows)
         os.replace(partial, self.folder / "metrics.csv")
-        checkpoint.save(self.folder / "last.safetensors", runs.state(), {"steps": runs.steps})
+        last = self.folder / "last.safetensors"
+        if last.exists():
+            # A second name for the file, so that at every moment there is a whole one under the name of the last.
+            second = self.folder / "previous.safetensors.partial"
+            second.unlink(missing_ok=True)
+            try:
+                os.link(last, second)
+            except OSError:  # Not every file system has second names.
+                shutil.copyfile(last, second)
+            os.replace(second, self.folder / "previous.safetensors")
+        world = runs.world() if whole else None
+        info = {"steps": runs.steps, "task": self.task._asdict(), "world": world, "lost": runs.lost}
+        checkpoint.save(last, runs.state(), info)
+        self._saved = runs.steps if whole else None
 
-    def restore(self, runs: HostRuns | CompiledRuns) -> None:
-        """Puts the last checkpoint into ``runs`` and reads the rows up to it."""
-        state, info = checkpoint.load(self.folder / "last.safetensors", runs.state())
-        runs.restore(state, info["steps"])
-        with open(self.folder / "metrics.csv", newline="") as file:
-            rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-        self.rows = [{**row, "steps": int(row["steps"]), "seed": int(row["seed"])} for row in rows if row["steps"] <= info["steps"]]
+    def restore(self, runs: HostRuns | CompiledRuns, rollback: bool = False) -> None:
+        """Puts the last checkpoint, or the one before it, into ``runs`` and reads the rows up to it."""
+        for partial in self.folder.glob("*.partial"):  # Of saves that were killed.
+            partial.unlink()
+        last, previous = self.folder / "last.safetensors", self.folder / "previous.safetensors"
+        try:
+            info = _restore(runs, previous if rollback else last)
+        except (checkpoint.CheckpointError, FileNotFoundError) as error:
+            if rollback or not previous.exists():
+                raise
+            raise type(error)(f"{error}\nthe checkpoint before it is there: --resume {self.folder} --rollback goes on from that") from error
+        if rollback:
+            os.replace(previous, last)
+            say(f"rolled back to step {info['steps']:,}")
+        self.rows = self._read_rows(info["steps"])
         if (self.folder / "best.safetensors").exists():
-            self._best_learners, best = checkpoint.load(self.folder / "best.safetensors", runs.learners())
-            self.best = np.array(best["eval_return"])
+            try:
+                self._best_learners, best = checkpoint.load(self.folder / "best.safetensors", runs.learners())
+                self.best = np.array(best["eval_return"])
+            except checkpoint.CheckpointError as error:
+                say(f"warning: {error}; what evaluated best so far is lost")
+
+    def begin_with(self, runs: HostRuns | CompiledRuns, other: Path) -> None:
+        """Puts the last checkpoint of another run into ``runs``."""
+        info = _restore(runs, other / "last.safetensors")
+        changed = _changes(info["task"], self.task._asdict())
+        say(f"forked from {other} at step {info['steps']:,}: {'; '.join(changed) or 'nothing changed'}")
+        note = {"forked_from": {"run": str(other), "steps": info["steps"], "changed": changed}}
+        (self.folder / "config.json").write_text(json.dumps(self.task._asdict() | note, indent=2) + "\n")
+
+    def _read_rows(self, steps: int) -> list[dict[str, float]]:
+        """The rows up to these steps."""
+        path = self.folder / "metrics.csv"
+        try:
+            with open(path, newline="") as file:
+                rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+            return [{**row, "steps": int(row["steps"]), "seed": int(row["seed"])} for row in rows if row["steps"] <= steps]
+        except (OSError, ValueError, TypeError, KeyError) as error:  # Also what is no text, or lacks a column.
+            say(f"warning: {path} cannot be read ({error}): the learning curve begins anew")
+            return []
 
     def online_returns(self) -> list[float]:
         """For each seed the mean return of the episodes that ended in the last tenth of training."""
@@ -165,6 +227,30 @@ class Log:
             episodes = sum(row["episodes"] for row in rows)
             means.append(sum(row["return"] * row["episodes"] for row in rows) / episodes if episodes else math.nan)
         return means
+
+
+def _restore(runs: HostRuns | CompiledRuns, path: Path) -> dict[str, Any]:
+    """Puts a checkpoint into ``runs``. Returns what is told beside it."""
+    state, info = checkpoint.load(path, runs.state())
+    same = all(info["task"][name] == getattr(runs.task, name) for name in ("env", "env_args"))
+    world = info["world"] if same else None
+    if world is None and isinstance(runs, HostRuns):
+        why = "it is another environment" if not same else info["lost"] or "the run ended in the middle of a step"
+        say(f"the environments begin new episodes, so this will differ from a run that never stopped: {why}")
+    runs.restore(state, info["steps"], world)
+    return info
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs between two tasks, a line for each."""
+    lines = []
+    for name in now:
+        old, new = before.get(name), now[name]
+        if isinstance(new, dict):
+            lines += _changes(old or {}, new)
+        elif json.dumps(old) != json.dumps(new):  # A tuple has become a list.
+            lines.append(f"{name}: {old} -> {new}")
+    return lines
 
 
 def summarise(
@@ -218,7 +304,7 @@ def peak_memory_mb() -> float:
 
 @contextmanager
 def interrupts() -> Iterator[Any]:
-    """Within it Ctrl-C and SIGTERM only set a flag, read by calling what it yields; a second Ctrl-C interrupts at once."""
+    """Within it Ctrl-C and SIGTERM are only noted: to call what it yields gives the signal's number, or None. A second one interrupts."""
     seen: list[int] = []
 
     def note(number: int, frame: Any) -> None:
@@ -232,7 +318,7 @@ def interrupts() -> Iterator[Any]:
     except ValueError:  # Not in the main thread: Python delivers no signal here.
         before = {}
     try:
-        yield lambda: bool(seen)
+        yield lambda: seen[0] if seen else None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -256,7 +342,8 @@ def draw_curve(rows: list[dict[str, float]], path: Path) -> None:
             (line,) = axes.plot(steps, [np.mean(v) for v in values], label=label, marker="o" if name == "eval_return" else "")
             axes.fill_between(steps, [min(v) for v in values], [max(v) for v in values], alpha=0.2, color=line.get_color())
     axes.set(xlabel="steps", ylabel="return (mean and range over seeds)")
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     figure.savefig(path, dpi=120)
 
 

@@ -4,6 +4,7 @@ What comes in is checked here; what then happens is in ``stepper.py``. No learni
 ``Agent``.
 """
 
+import json
 import math
 import os
 from collections.abc import Callable
@@ -37,6 +38,7 @@ class OnlineAgent:
       state: an AgentState to begin with instead of a fresh one, for example one seed of a compiled run; it is copied.
       require_succession: a check of ``(observation, successor, following, last)``, NumPy ``[N, ...]``, that raises where the replay could
         not keep such a step; see ``memory.frames.require_succession``.
+      options: what the agent was built with, by name; checkpoints keep it, and ``load`` compares what is JSON.
 
     Raises:
       NotImplementedError: if a space is not supported.
@@ -54,9 +56,11 @@ class OnlineAgent:
         seed: int = 0,
         state: AgentState | None = None,
         require_succession: Callable[[Any, Any, Any, np.ndarray], None] | None = None,
+        options: dict[str, Any] | None = None,
     ):
         self.num_envs = num_envs
         self._require_succession = require_succession
+        self._options = {name: _as_json(value) for name, value in (options or {}).items()}
         self.observation_space = observation_space
         self.action_space = action_space
         self._agent = agent
@@ -234,36 +238,61 @@ class OnlineAgent:
         """Goes on exactly where the agent stopped whose ``run_state`` this is. The arrays are taken over, not copied."""
         self._stepper.restore(run)
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike, *, replay: bool = True) -> None:
         """Writes everything, the pending step and the replay included, to one file, atomically.
 
         Args:
           path: the file.
+          replay: False leaves the replay out, which is most of the file. An agent that loads it fills a new one before it learns on, so it
+            does not go on exactly as this one would.
         """
         self._stepper.store()
         # The live state, not a copy of it: nothing is donated while it is written.
-        checkpoint.save(path, self._stepper.snapshot(self._stepper.live_state()), {"agent": type(self).__name__, "num_envs": self.num_envs})
+        info = {"agent": type(self).__name__, "num_envs": self.num_envs, "options": self._options, "replay": replay}
+        checkpoint.save(path, self._saved_form(replay), info)
 
-    def load(self, path: str | os.PathLike) -> None:
+    def load(self, path: str | os.PathLike, *, fork: bool = False) -> None:
         """Restores what ``save`` wrote; the agent goes on exactly where the saved one stopped. On an error it stays as it was.
 
         Args:
           path: the file.
+          fork: whether this agent's options may be others than those that the saved one was built with.
 
         Raises:
           FileNotFoundError: if there is no such file.
-          dqn_jax.CheckpointError: if it is no checkpoint, is damaged, or holds arrays of other shapes or dtypes than this agent has.
+          dqn_jax.CheckpointError: if it is no checkpoint, is damaged, holds arrays of other shapes or dtypes than this agent has, or was
+            saved with other options.
         """
+        info = checkpoint.read_info(path)
+        replay = info.get("replay", True)
         try:
-            state, _ = checkpoint.load(path, self._stepper.snapshot(self._stepper.live_state()))
+            state, _ = checkpoint.load(path, self._saved_form(replay))
         except checkpoint.CheckpointError as error:
-            saved, own = checkpoint.read_info(path).get("agent"), type(self).__name__
+            saved, own = info.get("agent"), type(self).__name__
             if saved in (None, own):
                 raise
             raise checkpoint.CheckpointError(
                 f"{path} holds an agent of the class {saved}, and this is a {own}: load it with a {saved}"
             ) from error
-        self.restore(state)
+        if not fork:
+            self._require_same_options(path, info.get("options", {}))
+        if replay:
+            self.restore(state)
+        else:
+            self._stepper.restore_without_replay(state)
+
+    def _saved_form(self, replay: bool) -> RunState:
+        state = self._stepper.live_state()
+        return self._stepper.snapshot(state if replay else state._replace(memory=()))
+
+    def _require_same_options(self, path: str | os.PathLike, saved: dict[str, Any]) -> None:
+        names = saved.keys() & self._options.keys()
+        others = [f"{name}: saved with {saved[name]}, this agent has {self._options[name]}" for name in sorted(names)]
+        if differing := [line for line, name in zip(others, sorted(names), strict=True) if saved[name] != self._options[name]]:
+            raise checkpoint.CheckpointError(
+                f"{path} was saved with other options; build the agent with those, or go on with these by load(path, fork=True):\n  "
+                + "\n  ".join(differing)
+            )
 
     def compile(self) -> None:
         """Compiles everything now, so that no later call waits for it. The agent does not change: this works on copies.
@@ -289,3 +318,11 @@ class OnlineAgent:
     def _require_single(self, method: str) -> None:
         if self.num_envs != 1:
             raise RuntimeError(f"this agent was built for {self.num_envs} environments: use batch_act_and_train instead of {method}")
+
+
+def _as_json(value: Any) -> Any:
+    """The value as JSON would give it back; where it is none, what it is."""
+    try:
+        return json.loads(json.dumps(value))
+    except (TypeError, ValueError):
+        return f"<{type(value).__name__}>"

@@ -1,14 +1,14 @@
 """The two ways to run an experiment's agents, behind one face: all seeds side by side, a chunk at a time.
 
 ``HostRuns`` steps Gymnasium environments through ``act_and_train``, ``CompiledRuns`` scans JAX environments over all seeds at once.
-Both offer ``compile``, ``advance``, ``evaluate``, ``state``, ``restore``, ``learners``, and the attributes ``steps`` (taken by each
-agent) and ``updates``.
+Both offer ``compile``, ``advance``, ``evaluate``, ``state``, ``world``, ``restore``, ``learners``, and the attributes ``steps`` (taken by
+each agent), ``updates`` and ``lost`` (why a resumed run begins new episodes, or None).
 """
 
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dqn_jax import atari, checkpoint, envs, finite, footprint, seeds, spaces, training
+from dqn_jax import atari, checkpoint, env_state, envs, finite, footprint, seeds, spaces, training
 from dqn_jax.online import OnlineAgent
 from dqn_jax.presets.reading import read_spaces
 from dqn_jax.presets.table import ALGORITHMS
@@ -66,12 +66,13 @@ class HostRuns:
         footprint.require_room(jax.eval_shape(one.init, jax.random.key(0), example), task.seeds)
         self._agents = [preset.online(env, seed=task.seed + i, **task.options) for i, env in enumerate(self._envs)]
         self._begin()
+        self.lost: str | None = None
         self._eval_env = make_env(task.env, **task.env_args)
         self._rows = max(1, round(task.steps / CHUNKS / task.num_envs))
 
     def _begin(self) -> None:
         """New episodes in all environments; after a resume not those with which the run began."""
-        loop = _play if self.task.num_envs == 1 else _play_batch
+        loop: Any = Play if self.task.num_envs == 1 else PlayBatch
         seeds = np.random.SeedSequence([self.task.seed, self.steps]).generate_state(self.task.seeds)
         learnt = atari.learnt_reward(self.task.env_args) if atari.is_atari(self.task.env) else lambda reward: reward
         self._loops = [loop(*one, learnt) for one in zip(self._agents, self._envs, map(int, seeds), strict=True)]
@@ -106,11 +107,11 @@ class HostRuns:
         rows = min(self._rows, -(-(self.task.steps - self.steps) // self.task.num_envs))
         curve = []
         for agent, loop in zip(self._agents, self._loops, strict=True):
-            ended = [episode for _ in range(rows) for episode in next(loop)]
+            ended = [episode for _ in range(rows) for episode in loop.step()]
             statistics = agent.get_statistics()
             returns, lengths = np.mean(ended, axis=0) if ended else (np.nan, np.nan)
             means = {name.removeprefix("average_"): value for name, value in statistics.items() if name not in COUNTS}
-            curve.append({"episodes": len(ended), "return": float(returns), "length": float(lengths), **means})
+            curve.append({"episodes": float(len(ended)), "return": float(returns), "length": float(lengths), **means})
         self.steps += rows * self.task.num_envs  # Last: if an environment raises, the chunk is not counted.
         return curve
 
@@ -123,13 +124,27 @@ class HostRuns:
         """Everything, as one pytree."""
         return [agent.run_state for agent in self._agents]
 
-    def restore(self, state: Any, steps: int) -> None:
-        """Goes on from ``state``; the environments begin new episodes."""
+    def world(self) -> Any:
+        """The environments and the open episodes, as JSON values; None where they cannot be captured, ``lost`` then says why."""
+        try:
+            return [env_state.encode(loop.position()) | {"env": env_state.capture(loop.env)} for loop in self._loops]
+        except env_state.NotCapturable as error:
+            self.lost = str(error)
+            return None
+
+    def restore(self, state: Any, steps: int, world: Any) -> None:
+        """Goes on from ``state``, exactly where it stopped; where the ``world`` was not captured, with new episodes."""
         for agent, run in zip(self._agents, state, strict=True):
             agent.restore(run)
-            agent.stop_episode()
         self.steps = steps
-        self._begin()
+        if world is None:
+            for agent in self._agents:
+                agent.stop_episode()
+            self._begin()
+            return
+        for loop, saved in zip(self._loops, world, strict=True):
+            env_state.restore(loop.env, saved.pop("env"))
+            loop.go_on(**env_state.decode(saved))
 
     def learners(self) -> Any:
         """What the agents have learnt, stacked over seeds, as NumPy."""
@@ -202,9 +217,14 @@ class CompiledRuns:
         """Everything, as one pytree."""
         return self._run
 
-    def restore(self, state: Any, steps: int) -> None:
+    lost: str | None = None
+
+    def world(self) -> None:
+        """Nothing: the environments are in the state."""
+
+    def restore(self, state: Any, steps: int, world: Any) -> None:
         """Goes on from ``state``, exactly."""
-        del steps  # It is in the state.
+        del steps, world  # They are in the state.
         self._run = state
 
     def learners(self) -> Any:
@@ -222,13 +242,19 @@ def read_task(folder: Path) -> Task:
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"no run at {folder}: expected a folder made by dqn-jax train, with config.json in it")
-    saved = json.loads(path.read_text())
+    try:
+        saved = json.loads(path.read_text())
+        complete = {*Task._fields} - {"algo"} <= saved.keys() and isinstance(saved["options"], dict)
+    except (ValueError, AttributeError):  # No JSON, or no object.
+        complete = False
+    if not complete:
+        raise ValueError(f"{path} is damaged: expected a JSON object with the fields {', '.join(Task._fields)}")
     if ":" in saved["env"]:  # gymnasium.make would import the module before the colon.
         raise ValueError(f"{path} names the environment {saved['env']!r}: a module to import is not taken from a file")
     saved["options"].setdefault("encoder", "flat")  # Runs from before there were others.
     if saved.get("algo", "dqn") not in ALGORITHMS:
         raise ValueError(f"{path} names the algorithm {saved['algo']!r}: this version knows {', '.join(ALGORITHMS)}")
-    return Task(**saved)
+    return Task(**{name: value for name, value in saved.items() if name in Task._fields})  # Without what it was forked from.
 
 
 def best_learner(folder: Path, seed: int, agent: Agent, observation_space: gymnasium.Space) -> Any:
@@ -292,37 +318,71 @@ def greedy_policy(agent: Agent, learner: Any, observation_space: gymnasium.Space
     return lambda observation: leave(exploit(learner, check(observation))[0])
 
 
-def _play(agent: Any, env: gymnasium.Env, seed: int, learnt: Callable[[Any], Any]) -> Iterator[list[tuple[float, int]]]:
-    """Steps one environment for ever, the agent learning from ``learnt(reward)``; yields the return and length of the episode that the step
-    ended, if it did."""
-    observation, _ = env.reset(seed=seed)
-    reward, total, length = 0.0, 0.0, 0
-    while True:
-        action = agent.act_and_train(observation, learnt(reward))
-        observation, reward, terminated, truncated, _ = env.step(action)  # type: ignore[assignment]
-        total, length = total + float(reward), length + 1
+class Play:
+    """One environment, stepped for ever.
+
+    Args:
+      agent: who plays.
+      env: where.
+      seed: of the first episode.
+      learnt: what the agent learns from, of the reward that was paid.
+    """
+
+    def __init__(self, agent: Any, env: gymnasium.Env, seed: int, learnt: Callable[[Any], Any]):
+        self.agent, self.env, self._learnt = agent, env, learnt
+        self._observation, _ = env.reset(seed=seed)
+        self._reward, self._total, self._length = 0.0, 0.0, 0
+
+    def step(self) -> list[tuple[float, int]]:
+        """One step of the environment. Returns the return and the length of the episode that it ended, if it did."""
+        action = self.agent.act_and_train(self._observation, self._learnt(self._reward))
+        self._observation, reward, terminated, truncated, _ = self.env.step(action)
+        self._reward = float(reward)
+        self._total, self._length = self._total + self._reward, self._length + 1
         if not (terminated or truncated):
-            yield []
-            continue
-        agent.stop_episode_and_train(observation, learnt(reward), terminated=bool(terminated))
-        observation, _ = env.reset()
-        yield [(total, length)]
-        total, length = 0.0, 0
+            return []
+        self.agent.stop_episode_and_train(self._observation, self._learnt(self._reward), terminated=bool(terminated))
+        ended = [(self._total, self._length)]
+        self._observation, _ = self.env.reset()
+        self._reward, self._total, self._length = 0.0, 0.0, 0
+        return ended
+
+    def position(self) -> dict[str, Any]:
+        """Where it stands, but for the agent and the environment: numbers and arrays, and containers of them."""
+        return {"observation": self._observation, "reward": self._reward, "total": self._total, "length": self._length}
+
+    def go_on(self, observation: Any, reward: float, total: float, length: int) -> None:
+        """Goes on from a ``position``."""
+        self._observation, self._reward, self._total, self._length = observation, reward, total, length
 
 
-def _play_batch(agent: Any, env: gymnasium.vector.VectorEnv, seed: int, learnt: Callable[[Any], Any]) -> Iterator[list[tuple[float, int]]]:
-    """As ``_play``, for a vector environment."""
-    observation, _ = env.reset(seed=seed)
-    total, length = np.zeros(env.num_envs), np.zeros(env.num_envs, int)
-    action = agent.batch_act_and_train(observation)
-    while True:
-        observation, reward, terminated, truncated, infos = env.step(action)
-        total, length = total + reward, length + 1
-        ended = terminated | truncated
-        yield [(float(total[i]), int(length[i])) for i in np.flatnonzero(ended)]
-        total, length = np.where(ended, 0.0, total), np.where(ended, 0, length)
+class PlayBatch:
+    """As ``Play``, for a vector environment."""
+
+    def __init__(self, agent: Any, env: gymnasium.vector.VectorEnv, seed: int, learnt: Callable[[Any], Any]):
+        self.agent, self.env, self._learnt = agent, env, learnt
+        self._first, _ = env.reset(seed=seed)
+        self._action: np.ndarray | None = None  # Not chosen yet: that would compile.
+        self._total, self._length = np.zeros(env.num_envs), np.zeros(env.num_envs, int)
+
+    def step(self) -> list[tuple[float, int]]:
+        """One step of each environment. Returns the return and the length of each episode that ended."""
+        if self._action is None:
+            self._action = self.agent.batch_act_and_train(self._first)
+        observation, reward, terminated, truncated, infos = self.env.step(self._action)
+        total, length, ended = self._total + reward, self._length + 1, terminated | truncated
+        self._total, self._length = np.where(ended, 0.0, total), np.where(ended, 0, length)
         successor = envs.true_successors(observation, infos, ended)
-        action = agent.batch_act_and_train(observation, learnt(reward), terminated, truncated, successor)
+        self._action = self.agent.batch_act_and_train(observation, self._learnt(reward), terminated, truncated, successor)
+        return [(float(total[i]), int(length[i])) for i in np.flatnonzero(ended)]
+
+    def position(self) -> dict[str, Any]:
+        """Where it stands, but for the agent and the environments."""
+        return {"action": self._action, "total": self._total, "length": self._length}
+
+    def go_on(self, action: np.ndarray, total: np.ndarray, length: np.ndarray) -> None:
+        """Goes on from a ``position``."""
+        self._action, self._total, self._length = action, total, length
 
 
 def make_env(env_id: str, **env_args: Any) -> gymnasium.Env:

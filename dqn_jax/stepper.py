@@ -71,7 +71,7 @@ class Stepper:
         self.recent: deque[Any] = deque(maxlen=RECENT)
         self.pending: tuple[Any, list[np.ndarray]] | None = None
         self._uncut = True  # Whether the stored stream may run on into an episode that it does not belong to.
-        self.episodes = self._base = 0
+        self.episodes = self._base = self._origin = 0
         if state is None:
             self.restart(jax.jit(agent.init)(jax.random.key(seed), example))
         else:
@@ -186,7 +186,7 @@ class Stepper:
     def _due(self, step: int) -> int:
         """Updates that fall due up to there; what of it is owed is read off the counters, so an interrupt neither loses nor repeats one."""
         cadence = self._cadence
-        return max(0, (step // self._num_envs - cadence.prefill) // cadence.rows) * cadence.updates
+        return max(0, (step // self._num_envs - self._origin - cadence.prefill) // cadence.rows) * cadence.updates
 
     # The state.
 
@@ -214,6 +214,7 @@ class Stepper:
         self.recent.clear()
         self.drop()
         self._key, self._decisions, self.episodes = state.key, decisions, 0
+        self._origin = 0  # The row from which on the warm-up and the updates are counted.
         # Rows that are to be learnt from once are owed an update whoever has collected them.
         self._base = 0 if self._cadence.once else updates - self._due(step)
         self._cell[:] = [learner, None, memory, updates, step, self._unstaged.emptied()]
@@ -228,6 +229,7 @@ class Stepper:
             "pending": np.asarray(self.pending is not None),
             "uncut": np.asarray(self._uncut),
             "episodes": np.asarray(self.episodes, np.int32),
+            "origin": np.asarray(self._origin, np.int32),
             "owed": np.asarray(self._base + self._due(self.step) - self._cell[UPDATES], np.int32),
             "recent": np.asarray(len(recent), np.int32),
             "metrics": jax.tree.map(lambda *values: np.asarray(jax.device_get(values), np.float32), *padded),
@@ -241,9 +243,19 @@ class Stepper:
         observation, decision = jax.device_get(run.pending)
         self.pending = (observation, jax.tree.leaves(decision)) if saved["pending"] else None
         self._uncut = bool(saved["uncut"])
-        self.episodes = int(saved["episodes"])
+        self.episodes, self._origin = int(saved["episodes"]), int(saved["origin"])
         self._base = self._cell[UPDATES] - self._due(self.step) + int(saved["owed"])
         self.recent.extend({name: values[i] for name, values in saved["metrics"].items()} for i in range(int(saved["recent"])))
+
+    def restore_without_replay(self, run: RunState) -> None:
+        """As ``restore`` of a state whose memory was left out: with an empty one, after which there is a warm-up as at the beginning."""
+        self.restore(run._replace(agent=run.agent._replace(memory=self.empty_memory())))
+        self._origin = self.step // self._num_envs
+        self._base = self._cell[UPDATES]
+
+    def empty_memory(self) -> Any:
+        """The replay as it was in the beginning."""
+        return jax.jit(lambda key: self._agent.init(key, self._example).memory)(self._key)
 
     def compile(self) -> None:
         """Compiles everything now, on copies; of the replay, too, unless it is empty: then it is used up and made anew, since a large one
@@ -258,8 +270,7 @@ class Stepper:
             if is_empty:
                 del memory
                 self._cell[MEMORY] = ()
-                make = jax.jit(lambda key: self._agent.init(key, self._example).memory)
-                self._cell[MEMORY] = self._parts.memory.pack(make(self._key))
+                self._cell[MEMORY] = self._parts.memory.pack(self.empty_memory())
 
     def _compile(self, learner: Any, memory: Any) -> None:
         """Calls every program once; ``learner`` and ``memory`` are used up."""

@@ -234,6 +234,12 @@ def train(agent: Agent, env: Env, *, num_steps: int, num_envs: int = 1, history_
                 f"the agent has stored {int(np.min(state.step))} transitions and learns from {cadence.prefill * num_envs} on: "
                 "let it collect more where it began, or start a new run with init"
             )
+        if (
+            not cadence.once
+            and not isinstance(state.step, jax.core.Tracer)
+            and int(np.min(state.memory.size)) == 0 < int(np.min(state.step))
+        ):
+            raise ValueError("the agent's replay is empty, and it would learn at once: let it collect some steps where it was loaded")
         if cadence.once and not isinstance(state.step, jax.core.Tracer):
             fresh = state.step // num_envs - state.updates // cadence.updates * cadence.rows
             if np.any(fresh):

@@ -210,7 +210,7 @@ def test_interrupt_and_resume(finished, runs, number, dqn_jax_command, summary_o
     with monkeypatch.context() as patch:
         stop_after(patch, runs, 3, lambda: signal.raise_signal(number))
         status, out, err = dqn_jax_command(*command, "--name", "stopped", "--json")
-    assert status == 0 and "Traceback" not in err
+    assert status == 128 + number and "Traceback" not in err
     assert signal.getsignal(number) is handler
     stopped = json.loads(out)
     assert stopped["complete"] is False and 0 < stopped["steps"] < STEPS
@@ -219,11 +219,38 @@ def test_interrupt_and_resume(finished, runs, number, dqn_jax_command, summary_o
     resumed = summary_of("train", "--resume", "runs/stopped")
     whole = json.loads((folder / "summary.json").read_text())
     assert resumed["complete"] is True and resumed["steps"] == whole["steps"] and resumed["updates"] == whole["updates"]
-    if runs is CompiledRuns:  # The environments are part of the state. Those of the host are not, and begin anew.
-        assert resumed["state_sha256"] == whole["state_sha256"]
+    for name in ("state_sha256", "eval_return", "best_eval_return", "online_return"):
+        assert resumed[name] == whole[name], name
+    assert Path("runs/stopped/metrics.csv").read_text() == (folder / "metrics.csv").read_text()
     steps = [int(row["steps"]) for row in csv.DictReader(Path("runs/stopped/metrics.csv").read_text().splitlines())]
     assert sorted(set(steps)) == list(dict.fromkeys(steps)), "the rows go on where they stopped, none twice"
     assert steps[0] < stopped["steps"] < steps[-1] == resumed["steps"]
+
+
+@pytest.mark.parametrize("words", [("--seeds", 2), ("--num-envs", 4, "--prioritized"), ("--algo", "ppo", "--rollout-length", 64)], ids=str)
+def test_a_run_that_stopped_ends_as_one_that_did_not(words, dqn_jax_command, summary_of, monkeypatch):
+    command = ["train", HOST, *(TINY if "ppo" not in words else ["--steps", STEPS, "--hidden", 8, "--eval-episodes", 2]), *words]
+    whole = summary_of(*command, "--name", "whole")
+    with monkeypatch.context() as patch:
+        stop_after(patch, HostRuns, 37, lambda: signal.raise_signal(signal.SIGINT))
+        dqn_jax_command(*command, "--name", "stopped")
+    resumed = summary_of("train", "--resume", "runs/stopped")
+    assert resumed["state_sha256"] == whole["state_sha256"]
+    assert Path("runs/stopped/metrics.csv").read_text() == Path("runs/whole/metrics.csv").read_text()
+
+
+def test_what_cannot_be_captured_is_named_and_begins_anew(dqn_jax_command, summary_of, monkeypatch):
+    class Foreign(gymnasium.Wrapper):
+        def __init__(self, env):
+            super().__init__(env)
+            self.engine = memoryview(b"")
+
+    monkeypatch.setattr("dqn_jax.runs.make_env", lambda env, **args: Foreign(gymnasium.make(env, **args)))
+    with monkeypatch.context() as patch:
+        stop_after(patch, HostRuns, 3, lambda: signal.raise_signal(signal.SIGINT))
+        dqn_jax_command("train", HOST, *TINY, "--name", "stopped")
+    status, _, err = dqn_jax_command("train", "--resume", "runs/stopped")
+    assert status == 0 and "begin new episodes" in err and "Foreign.engine is a memoryview" in err
 
 
 def test_what_was_learnt_survives_an_environment_that_raises(dqn_jax_command, summary_of, monkeypatch):
@@ -243,7 +270,9 @@ def test_what_was_learnt_survives_an_environment_that_raises(dqn_jax_command, su
 def test_resuming_a_complete_run_says_so(finished, dqn_jax_command, tmp_path):
     folder = shutil.copytree(finished[0], tmp_path / "copy")
     status, _, err = dqn_jax_command("train", "--resume", folder)
-    assert status == 0 and "steps already: to go on, ask for more with --steps" in err
+    assert status == 0 and "steps already: to go on, ask for more in all with --steps" in err
+    status, _, err = dqn_jax_command("train", "--resume", folder, "--steps", 50)  # Fewer than before learning starts.
+    assert status == 0 and "steps already" in err
 
 
 def test_resume_goes_beyond_the_end(finished, summary_of, tmp_path):
@@ -251,6 +280,71 @@ def test_resume_goes_beyond_the_end(finished, summary_of, tmp_path):
     summary = summary_of("train", "--resume", "longer", "--steps", STEPS + 100)
     assert summary["complete"] is True and summary["steps"] >= STEPS + 100
     assert json.loads(Path("longer/config.json").read_text())["steps"] == STEPS + 100
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_rollback(finished, damage, dqn_jax_command, summary_of, tmp_path):
+    folder = shutil.copytree(finished[0], tmp_path / "damaged")
+    last = folder / "last.safetensors"
+    last.write_bytes(last.read_bytes()[:-100]) if damage == "cut" else last.unlink()
+    status, out, err = dqn_jax_command("train", "--resume", folder)
+    assert status == 2 and out == "" and "last.safetensors" in err and f"--resume {folder} --rollback" in err
+    status, _, err = dqn_jax_command("train", "--resume", folder, "--rollback")
+    assert status == 0 and re.search(r"rolled back to step \d+", err)
+    rolled = json.loads((folder / "summary.json").read_text())
+    whole = json.loads((finished[0] / "summary.json").read_text())
+    assert rolled["complete"] and rolled["state_sha256"] == whole["state_sha256"]  # It has made the lost steps again.
+    assert (folder / "metrics.csv").read_text() == (finished[0] / "metrics.csv").read_text()
+
+
+@pytest.mark.parametrize("finished", [HOST], ids=["host"], indirect=True)
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [("metrics.csv", b"steps,seed\n1", "begins anew"), ("metrics.csv", b"\xff\xfe", "begins anew"), ("best.safetensors", b"", "is lost")],
+)
+def test_what_can_be_spared_is_told_and_spared(finished, name, content, says, dqn_jax_command, tmp_path):
+    folder = shutil.copytree(finished[0], tmp_path / "damaged")
+    (folder / name).write_bytes(content)
+    status, _, err = dqn_jax_command("train", "--resume", folder, "--steps", STEPS + 50)
+    assert status == 0 and "warning: " in err and says in err
+
+
+@pytest.mark.parametrize("finished", [HOST], ids=["host"], indirect=True)
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"env": "CartPole-v1"}', '"a"'])
+def test_a_configuration_that_is_none_is_refused(finished, content, dqn_jax_command, tmp_path):
+    folder = shutil.copytree(finished[0], tmp_path / "damaged")
+    (folder / "config.json").write_text(content)
+    for words in (("train", "--resume", folder), ("train", "--fork", folder), ("eval", folder)):
+        status, out, err = dqn_jax_command(*words)
+        assert status == 2 and out == "" and "config.json" in err and "Traceback" not in err
+
+
+def test_fork(finished, dqn_jax_command, summary_of, tmp_path):
+    words = ("--fork", finished[0], "--learning-rate", 0.1, "--gamma=0.5", "--steps", STEPS + 200, "--name", "other", "--folder", tmp_path)
+    status, _, err = dqn_jax_command("train", *words)
+    assert status == 0 and f"forked from {finished[0]} at step" in err
+    assert re.search(r"learning_rate: \S+ -> 0.1", err) and re.search(r"gamma: \S+ -> 0.5", err) and "hidden" not in err
+    config = json.loads((tmp_path / "other/config.json").read_text())
+    assert config["forked_from"]["run"] == str(finished[0]) and config["options"]["hidden"] == [8]
+    forked = json.loads((tmp_path / "other/summary.json").read_text())
+    whole = json.loads((finished[0] / "summary.json").read_text())
+    assert forked["seeds"] == whole["seeds"] and forked["updates"] > whole["updates"]
+    unchanged = summary_of("train", f"--fork={finished[0]}", "--name", "same", "--folder", tmp_path)
+    assert unchanged["state_sha256"] == whole["state_sha256"]
+    status, _, err = dqn_jax_command("train", "--fork", finished[0], "--hidden", 16, "--name", "wider", "--folder", tmp_path)
+    assert status == 2 and "Dense_0" in err and "(8,)" in err and "(16,)" in err
+
+
+def test_a_resumed_run_takes_no_options_of_its_own(finished, dqn_jax_command):
+    for words in (("--n-steps", 5), ("--gamma", 0.99), ("--curiosity=off",), ("--algo", "dqn")):
+        status, _, err = dqn_jax_command("train", "--resume", finished[0], *words)
+        assert status == 2 and f"leave out {words[0].partition('=')[0]}" in err and "--fork" in err
+    status, _, err = dqn_jax_command("train", HOST, "--resume", finished[0])
+    assert status == 2 and "leave out CartPole-v1" in err
+    status, _, err = dqn_jax_command("train", "--fork", finished[0], "--preset", "deck")
+    assert status == 2 and "leave out --preset" in err
+    status, _, err = dqn_jax_command("train", HOST, "--rollback")
+    assert status == 2 and "--resume RUN" in err
 
 
 # Looking at a run.

@@ -77,7 +77,7 @@ OPTIONS = {"replay_start_size": 8, "batch_size": 8, "update_interval": 1, "capac
 
 @pytest.mark.parametrize("prioritized", [False, True])
 def test_the_agent_says_which_tensor_and_which_rows_and_learns_on(prioritized):
-    agent = dqn_jax.DQN((VECTOR, TWO), **OPTIONS, loss="mse", prioritized=prioritized)
+    agent = dqn_jax.DQN((VECTOR, TWO), **{**OPTIONS, "capacity": 16}, loss="mse", prioritized=prioritized)
     fed(agent, lambda t: 1.0, 8)
     with pytest.raises(dqn_jax.NonFiniteError, match=rf"{PATIENCE} calls in a row") as raised:
         fed(agent, lambda t: 1e30, 200, start=8)

@@ -315,6 +315,7 @@ class DQN(OnlineAgent):
             seed=seed,
             state=state,
             require_succession=None if whole else require_succession(STACK_AXIS.get(checked.frames)),
+            options=dataclasses.asdict(checked),
         )
 
     @classmethod

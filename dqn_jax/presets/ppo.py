@@ -367,7 +367,8 @@ class PPO(OnlineAgent):
     ):
         observation_space, action_space, num_envs = read_env(env_or_spaces, num_envs, seed)
         agent = ppo((observation_space, action_space), network=network, optimizer=optimizer, **options)
-        super().__init__(agent, observation_space, action_space, num_envs=num_envs, seed=seed, state=state)
+        own = dataclasses.asdict(ppo_options(**options))
+        super().__init__(agent, observation_space, action_space, num_envs=num_envs, seed=seed, state=state, options=own)
 
     @classmethod
     def from_state(cls, env_or_spaces: Any, state: AgentState, *, num_envs: int | None = None, **options: Any) -> "PPO":

@@ -163,7 +163,8 @@ class PQN(OnlineAgent):
         observation_space, action_space, num_envs = read_env(env_or_spaces, num_envs, seed)
         agent = pqn((observation_space, action_space), network=network, optimizer=optimizer, **options)
         self._epsilon = schedule(pqn_options(**options).epsilon)
-        super().__init__(agent, observation_space, action_space, num_envs=num_envs, seed=seed, state=state)
+        own = dataclasses.asdict(pqn_options(**options))
+        super().__init__(agent, observation_space, action_space, num_envs=num_envs, seed=seed, state=state, options=own)
 
     @classmethod
     def from_state(cls, env_or_spaces: Any, state: AgentState, *, num_envs: int | None = None, **options: Any) -> "PQN":

@@ -250,7 +250,8 @@ class SAC(OnlineAgent):
     ):
         observation_space, action_space, num_envs = read_env(env_or_spaces, num_envs, seed)
         agent = sac((observation_space, action_space), actor=actor, critic=critic, optimizers=optimizers, **options)
-        super().__init__(agent, observation_space, action_space, num_envs=num_envs, seed=seed, state=state)
+        own = dataclasses.asdict(sac_options(**options))
+        super().__init__(agent, observation_space, action_space, num_envs=num_envs, seed=seed, state=state, options=own)
 
     @classmethod
     def from_state(cls, env_or_spaces: Any, state: AgentState, *, num_envs: int | None = None, **options: Any) -> "SAC":

@@ -1,0 +1,238 @@
+"""What a Gymnasium environment is in the middle of, as data: so that a run goes on in the episode in which it stopped.
+
+No environment is pickled, since to unpickle is to run what a file says. Its attributes, and those of its wrappers, are read instead:
+numbers, words, arrays, containers of them, random generators, and objects made of these. What cannot change is passed over. Anything else,
+a simulator written in C++ say, is refused by name, so that nothing is left out in silence; MuJoCo's state is read by its own functions. An
+environment that knows better offers ``get_env_state() -> state`` and ``set_env_state(state)``, of the same kinds of data.
+"""
+
+import abc
+import base64
+import collections
+import enum
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+# Of no weight for what happens next: what the environment is, and what it draws.
+PASSED_OVER = {"spec", "metadata", "env_fns", "render_mode", "screen", "clock", "surf", "window", "viewer", "mujoco_renderer", "isopen"}
+PASSED_OVER |= {"fire_images", "hole_img", "cracked_hole_img", "ice_img", "elf_images", "goal_img", "start_img"}  # Of FrozenLake.
+CONTAINERS = list, tuple, set, dict, collections.deque, np.ndarray, np.generic, int, float, str, bytes
+CODE = types.FunctionType | types.MethodType | types.BuiltinFunctionType | types.ModuleType | type | np.ufunc
+
+
+class NotCapturable(TypeError):
+    """An environment holds something whose state cannot be read as data."""
+
+
+def capture(env: Any) -> Any:
+    """The state of an environment, wrappers included, or of a vector environment that steps its environments itself, as JSON values.
+
+    Raises:
+      NotCapturable: naming the attribute that cannot be read.
+    """
+    return _Writer().value(env, type(env).__name__)
+
+
+def restore(env: Any, captured: Any) -> None:
+    """Puts a captured state into an environment made in the same way. Where it raises, the environment is to be made anew.
+
+    Raises:
+      ValueError: if the environment is made of other parts.
+    """
+    _Reader().value(captured, env, type(env).__name__)
+
+
+def encode(value: Any) -> Any:
+    """Numbers, words, arrays and containers of them as JSON values, exactly; see ``decode``."""
+    return _Writer().value(value, "value")
+
+
+def decode(encoded: Any) -> Any:
+    """What ``encode`` was given."""
+    return _Reader().value(encoded, None, "value")
+
+
+class _Writer:
+    """Writes values. What stands in several places is written once, so that it is one thing again when it is read."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, int] = {}
+        self.kept: list[Any] = []  # So that no number of an object is given to another one meanwhile.
+
+    def value(self, value: Any, name: str) -> Any:
+        if value is None or type(value) in (bool, int, float, str):
+            return value
+        if id(value) in self.seen:
+            return {"kind": "again", "value": self.seen[id(value)]}
+        if isinstance(value, np.generic):
+            return {"kind": "scalar", **_array(np.asarray(value))}
+        self.seen[id(value)] = len(self.seen)
+        self.kept.append(value)
+        return {"number": self.seen[id(value)], **self.thing(value, name)}
+
+    def thing(self, value: Any, name: str) -> dict[str, Any]:
+        if isinstance(value, np.ndarray) and value.dtype.kind in "biufcSU":
+            return {"kind": "array", **_array(value)}
+        if isinstance(value, enum.Enum):
+            return {"kind": "enum", "value": value.name}
+        if isinstance(value, np.random.Generator):
+            return {"kind": "generator", "value": self.value(value.bit_generator.state, f"{name}.bit_generator")}
+        if type(value) in (list, tuple, set, collections.deque):
+            items = [self.value(item, f"{name}[{i}]") for i, item in enumerate(value)]
+            return {"kind": type(value).__name__, "value": items, "maxlen": getattr(value, "maxlen", None)}
+        if type(value) in (dict, collections.OrderedDict, collections.defaultdict):
+            pairs = [[self.value(key, f"{name}'s key"), self.value(item, f"{name}[{key!r}]")] for key, item in value.items()]
+            return {"kind": "dict", "value": pairs}
+        return {"kind": "object", "class": type(value).__qualname__, "value": self.attributes(value, name)}
+
+    def attributes(self, thing: Any, name: str) -> dict[str, Any]:
+        if hasattr(type(thing), "get_env_state"):
+            return {"get_env_state": self.value(thing.get_env_state(), f"{name}.get_env_state()")}
+        if not _is_python(thing):
+            raise NotCapturable(f"{name} is a {type(thing).__name__}, whose state cannot be read as data")
+        written = {}
+        for attribute, value in _changing(thing):
+            here = f"{name}.{attribute}"
+            if isinstance(value, gymnasium.Space):
+                written[attribute] = self.value(_generators(value), here)
+            elif _is_mujoco(value, "MjData"):
+                written[attribute] = self.value(_mujoco_state(thing.model, value), here)
+            else:
+                written[attribute] = self.value(value, here)
+        return written
+
+
+class _Reader:
+    """Reads values back, into what is there where that is an object."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, Any] = {}
+
+    def value(self, written: Any, present: Any, name: str) -> Any:
+        if not isinstance(written, dict):
+            return written
+        if written["kind"] == "again":
+            return self.seen[written["value"]]
+        if written["kind"] == "scalar":
+            return _read_array(written)[()]
+        read = self.thing(written, present, name)
+        self.seen[written["number"]] = read
+        return read
+
+    def thing(self, written: dict[str, Any], present: Any, name: str) -> Any:
+        kind, value = written["kind"], written["value"]
+        if kind == "array":
+            return _read_array(written)
+        if kind == "enum":
+            return type(present)[value]
+        if kind == "generator":
+            state = self.value(value, None, name)
+            if state["bit_generator"] != "PCG64":
+                raise ValueError(f"{name} is a generator of the kind {state['bit_generator']!r}, expected PCG64")
+            generator = present if isinstance(present, np.random.Generator) else np.random.Generator(np.random.PCG64())
+            generator.bit_generator.state = state
+            return generator
+        if kind == "object":
+            return self.object(written, present, name)
+        if kind == "dict":
+            there = present if isinstance(present, dict) else {}
+            pairs = ((self.value(key, None, name), item) for key, item in value)
+            return {key: self.value(item, there.get(key), f"{name}[{key!r}]") for key, item in pairs}
+        now = list(present) if isinstance(present, list | tuple | collections.deque) else []
+        items = [self.value(item, now[i] if i < len(now) else None, f"{name}[{i}]") for i, item in enumerate(value)]
+        if kind == "deque":
+            return collections.deque(items, written["maxlen"])
+        return {"list": list, "tuple": tuple, "set": set}[kind](items)
+
+    def object(self, written: dict[str, Any], present: Any, name: str) -> Any:
+        if type(present).__qualname__ != written["class"]:
+            raise ValueError(f"{name} is a {type(present).__qualname__}, the saved one was a {written['class']}")
+        self.seen[written["number"]] = present
+        attributes = written["value"]
+        if "get_env_state" in attributes:
+            present.set_env_state(self.value(attributes["get_env_state"], None, name))
+            return present
+        own = dict(_changing(present))
+        for attribute, value in attributes.items():
+            here = f"{name}.{attribute}"
+            now = own.get(attribute)
+            if isinstance(now, gymnasium.Space):
+                _set_generators(now, self.value(value, None, here))
+            elif _is_mujoco(now, "MjData"):
+                _set_mujoco_state(present.model, now, self.value(value, None, here))
+            else:
+                setattr(present, attribute, self.value(value, now, here))
+        return present
+
+
+def _changing(thing: Any) -> Iterator[tuple[str, Any]]:
+    """The attributes that may change while an environment is stepped."""
+    for name, value in vars(thing).items():
+        if name not in PASSED_OVER and not isinstance(value, CODE) and not _is_mujoco(value, "MjModel"):
+            yield name, value
+
+
+def _is_python(thing: Any) -> bool:
+    """Whether all that an object is stands in its attributes: not if it is written in another language, or is a container besides."""
+    kind = type(thing)
+    return type(kind) in (type, abc.ABCMeta) and hasattr(thing, "__dict__") and not isinstance(thing, CONTAINERS)
+
+
+def _is_mujoco(value: Any, kind: str) -> bool:
+    return getattr(type(value), "__module__", "").partition(".")[0] == "mujoco" and type(value).__name__ == kind
+
+
+def _mujoco_state(model: Any, data: Any) -> dict[str, np.ndarray]:
+    """What MuJoCo integrates; and what it derives from that, since between two steps some of it is older (positions of bodies)."""
+    import mujoco
+
+    state = np.empty(mujoco.mj_stateSize(model, mujoco.mjtState.mjSTATE_INTEGRATION))
+    mujoco.mj_getState(model, data, state, mujoco.mjtState.mjSTATE_INTEGRATION)
+    return {"integrated": state, **{name: field.copy() for name, field in _arrays(data)}}
+
+
+def _set_mujoco_state(model: Any, data: Any, state: dict[str, np.ndarray]) -> None:
+    import mujoco
+
+    mujoco.mj_setState(model, data, state["integrated"], mujoco.mjtState.mjSTATE_INTEGRATION)
+    mujoco.mj_forward(model, data)  # Makes contacts and constraints, and disturbs the state: hence once more.
+    for name, field in _arrays(data):
+        if field.shape == state[name].shape:
+            field[...] = state[name]
+    mujoco.mj_setState(model, data, state["integrated"], mujoco.mjtState.mjSTATE_INTEGRATION)
+
+
+def _arrays(data: Any) -> Iterator[tuple[str, np.ndarray]]:
+    for name in dir(data):
+        if name[0] != "_" and isinstance(field := getattr(data, name), np.ndarray) and field.flags.writeable:
+            yield name, field
+
+
+def _generators(space: gymnasium.Space) -> list[np.random.Generator | None]:
+    """The generators of a space and of those that it is made of; a wrapper may draw from it."""
+    parts = getattr(space, "spaces", ())
+    parts = parts.values() if isinstance(parts, dict) else parts
+    return [space._np_random, *(generator for part in parts for generator in _generators(part))]
+
+
+def _set_generators(space: gymnasium.Space, generators: list[np.random.Generator | None]) -> None:
+    parts = getattr(space, "spaces", ())
+    for part in (space, *(parts.values() if isinstance(parts, dict) else parts)):
+        if part is space:
+            space._np_random = generators.pop(0)
+        else:
+            _set_generators(part, generators)
+
+
+def _array(value: np.ndarray) -> dict[str, Any]:
+    data = base64.b64encode(np.ascontiguousarray(value).tobytes()).decode()
+    return {"value": data, "dtype": value.dtype.str, "shape": list(value.shape)}
+
+
+def _read_array(written: dict[str, Any]) -> np.ndarray:
+    flat = np.frombuffer(base64.b64decode(written["value"]), np.dtype(written["dtype"]))
+    return flat.reshape(written["shape"]).copy()
