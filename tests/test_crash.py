@@ -15,11 +15,11 @@ from safetensors.numpy import save_file
 import dqn_jax
 from dqn_jax import CheckpointError, checkpoint
 
-ROWS = 200_000
+ROWS = 3_000_000
 
 
 def state_of(step):
-    """A state of 2.4 MB that follows from its step."""
+    """A state of 36 MB that follows from its step."""
     return {"step": np.int32(step), "rows": np.arange(ROWS, dtype=np.float32) + step, "more": np.full((ROWS, 2), step, np.float32)}
 
 
@@ -39,24 +39,25 @@ def python(*args, **options):
     return subprocess.Popen([sys.executable, *map(str, args)], cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True, **options)
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(60, marks=pytest.mark.slow)])
-def test_a_process_killed_while_it_saves_leaves_the_last_checkpoint(kills, tmp_path):
-    path, chance, inside, last = tmp_path / "state", random.Random(0), 0, 0
-    for _ in range(kills):
+@pytest.mark.parametrize("wanted", [1, pytest.param(50, marks=pytest.mark.slow)])
+def test_a_process_killed_while_it_saves_leaves_the_last_checkpoint(wanted, tmp_path):
+    path, chance, kills, inside, last = tmp_path / "state", random.Random(0), 0, 0, 0
+    while inside < wanted:
         child = python("-c", SAVING, path, last)
         first = child.stdout.readline()
         assert int(first) == last + 1
-        time.sleep(chance.uniform(0, 0.3))
+        while not (tmp_path / "state.partial").exists():
+            pass
+        time.sleep(chance.uniform(0, 0.02))
         child.kill()
+        kills += 1
         told = [int(line) for line in [first, *child.communicate()[0].split()]]
         inside += (tmp_path / "state.partial").exists()
         saved, info = checkpoint.load(path, state_of(0))
         last = info["step"]
         assert last in (told[-1], told[-1] + 1)  # It may have been killed between the save and the word of it.
         assert checkpoint.digest(saved) == checkpoint.digest(state_of(last))
-    print(f"{kills} kills, {inside} of them within a save")
-    if kills > 10:
-        assert inside > kills // 4
+    print(f"{kills} kills, {inside} of them while the file was being written")
 
 
 @pytest.mark.parametrize("env", ["CartPole-v1", "phys2d/CartPole-v1"])
