@@ -5,6 +5,7 @@ from dqn_jax.algorithms.dqn import DQNState
 from dqn_jax.algorithms.ppo import PPOState
 from dqn_jax.algorithms.pqn import PQNState
 from dqn_jax.algorithms.sac import SACState
+from dqn_jax.check_env import Finding, check_env
 from dqn_jax.checkpoint import CheckpointError, digest
 from dqn_jax.envs import from_func_env, from_gymnax, from_pgx, make, true_successors
 from dqn_jax.finite import NonFiniteError
@@ -58,6 +59,8 @@ __all__ = [
     "from_gymnax",
     "from_pgx",
     "true_successors",
+    "check_env",
+    "Finding",
     "Training",
     "Result",
     "train",

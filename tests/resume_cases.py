@@ -42,7 +42,7 @@ CASES = {
 
 
 def spaces_of(case):
-    return ("Pendulum-v1", "phys2d/Pendulum-v1") if case.endswith("box") else ("CartPole-v1", "phys2d/CartPole-v1")
+    return ("Pendulum-v1", "phys2d/Pendulum-v0") if case.endswith("box") else ("CartPole-v1", "phys2d/CartPole-v1")
 
 
 class Host:

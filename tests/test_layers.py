@@ -55,6 +55,7 @@ MAY_IMPORT = {
     "presets": BELOW_PRESETS,
     "statistics": set(),
     "runs": BELOW_PRESETS | {"presets", "env_state"},
+    "check_env": BELOW_PRESETS | {"presets"},
     **dict.fromkeys(("experiment", "export", "bench"), BELOW_PRESETS | {"presets", "runs", "statistics"}),
     "cli": BELOW_PRESETS | {"presets", "runs", "statistics", "experiment", "export", "bench"},
     "__main__": {"cli"},
