@@ -395,3 +395,49 @@ def test_prioritized_frames_go_on_exactly(stop, tmp_path):
     pictures(other, stop, 200)
     assert looks(other) == looks(straight)
     assert straight.get_statistics()["n_updates"] > 30
+
+
+@pytest.mark.parametrize("make", [AGENTS["DQN"], AGENTS["PPO"], AGENTS["SAC"]], ids=["DQN", "PPO", "SAC"])
+def test_without_the_replay_it_fills_a_new_one_and_learns_on(make, tmp_path):
+    agent, other = make(3), make(4)
+    play(agent, 0, 100)
+    agent.save(tmp_path / "whole")
+    agent.save(tmp_path / "small", replay=False)
+    assert os.path.getsize(tmp_path / "small") < os.path.getsize(tmp_path / "whole")
+    learner = agent.learner
+    other.load(tmp_path / "small")
+    assert dqn_jax.digest(other.learner) == dqn_jax.digest(learner)
+    before, then = agent.get_statistics(), other.get_statistics()
+    assert (then["t"], then["n_updates"], then["replay_size"]) == (before["t"], before["n_updates"], 0)
+    made = []
+    for number in range(100, 160):
+        play(other, number, number + 1)
+        counts = other.get_statistics()
+        made.append((counts["t"] - before["t"], counts["n_updates"] - before["n_updates"]))
+    first = next(stored for stored, updates in made if updates)
+    assert first >= (4 if "PPO" in repr(other) else 10), "a batch before the warm-up"
+    assert made[-1][1] > 2
+    other.save(tmp_path / "again")  # And it resumes exactly, although its warm-up was late.
+    play(other, 160, END)
+    expected = looks(other)
+    agent.load(tmp_path / "again")
+    play(agent, 160, END)
+    assert looks(agent) == expected
+
+
+def test_an_agent_with_other_options_says_so_and_forks(tmp_path):
+    DQN(SPACES, 1, hidden=(8,), gamma=0.9, capacity=2_000).save(tmp_path / "agent")
+    other = DQN(SPACES, hidden=(8,), gamma=0.5, capacity=2_000)
+    before = looks(other)
+    with pytest.raises(CheckpointError, match=r"(?s)other options.*fork=True.*\n  gamma: saved with 0.9, this agent has 0.5$"):
+        other.load(tmp_path / "agent")
+    assert looks(other) == before
+    other.load(tmp_path / "agent", fork=True)
+    assert looks(other) != before
+
+
+def test_the_file_tells_what_it_is(tmp_path):
+    DQN(SPACES, hidden=(8,), gamma=0.9).save(tmp_path / "agent")
+    info = checkpoint.read_info(tmp_path / "agent")
+    assert info["agent"] == "DQN" and info["num_envs"] == 1 and info["replay"] is True
+    assert info["options"]["gamma"] == 0.9 and info["options"]["hidden"] == [8]
