@@ -14,6 +14,7 @@ from dqn_jax.presets.dqn import DQN, DQNOptions, dqn
 from dqn_jax.presets.dqn_sets import C51_PRESETS, IQN_PRESETS, PRESETS, QRDQN_PRESETS, RAINBOW_PRESETS
 from dqn_jax.presets.ppo import PPO, PPO_PRESETS, PPOOptions, ppo
 from dqn_jax.presets.pqn import PQN, PQN_PRESETS, PQNOptions, pqn
+from dqn_jax.presets.rainbow import Rainbow, rainbow
 from dqn_jax.presets.sac import SAC, SAC_PRESETS, SACOptions, sac
 from dqn_jax.programs import compute_inline, device_per_core
 from dqn_jax.runs import load_run
@@ -75,6 +76,8 @@ __all__ = [
     "RAINBOW_PRESETS",
     "dqn",
     "DQN",
+    "rainbow",
+    "Rainbow",
     "PPOOptions",
     "PPO_PRESETS",
     "ppo",

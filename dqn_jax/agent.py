@@ -85,6 +85,11 @@ def assemble(algorithm: Algorithm, memory: Memory, *, discount: chex.Numeric, wa
 
     def update(state: AgentState, drawn: tuple[Any, chex.PRNGKey]) -> tuple[AgentState, Any]:
         batch, learner, (priority, metrics, sound, _) = examine(state, drawn)
+        if any(leaf.ndim != 1 for leaf in jax.tree.leaves(priority)) or any(jnp.ndim(metric) for metric in dict(metrics).values()):
+            raise ValueError(
+                f"learn gives a priority of shape {jax.tree.map(jnp.shape, priority)} and metrics of {jax.tree.map(jnp.shape, metrics)}, "
+                "expected [B] and scalars; a replay hands out reward, discount and last as windows [B, n]: fold them with returns.n_step"
+            )
         if isinstance(sound, tuple):  # The algorithm has not looked.
             sound = finite.all_finite((learner, dict(metrics).get("loss", ())))
             learner = finite.choose(sound, learner, state.learner)

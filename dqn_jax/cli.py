@@ -9,6 +9,7 @@ import shutil
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,6 +19,7 @@ import jax
 import numpy as np
 import tyro
 from gymnasium.wrappers import RecordVideo
+from tqdm import tqdm
 
 from dqn_jax import atari, envs
 from dqn_jax.bench.command import SECTIONS, bench
@@ -35,6 +37,13 @@ from dqn_jax.types import AgentState, Env
 # Width times batch (times seeds trained at once) up to which a program is small: a layer of 64 with a batch of 64 is faster on one thread
 # than on two, alone and stepped from Python.
 INLINE_SIZE = 1 << 15
+
+
+ERRORS = (
+    *(ValueError, TypeError, FloatingPointError, NotImplementedError, OSError, MemoryError, ModuleNotFoundError),
+    gymnasium.error.Error,
+)
+"""What a user can mend."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,17 +149,8 @@ def main(args: list[str] | None = None) -> None:
     command = tyro.cli(commands, args=args, prog="dqn-jax", description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
     try:
         summary = _train(command) if isinstance(command, Train) else _eval(command) if isinstance(command, Eval) else _bench(command)
-    except (
-        ValueError,
-        TypeError,
-        FloatingPointError,
-        NotImplementedError,
-        OSError,
-        MemoryError,
-        ModuleNotFoundError,
-        gymnasium.error.Error,
-    ) as error:
-        say(f"error: {error}")
+    except ERRORS as error:
+        say(f"error: {error}{_hint(command)}" if isinstance(error, gymnasium.error.Error) else f"error: {error}")
         sys.exit(2)
     except KeyboardInterrupt:
         say("interrupted")
@@ -162,6 +162,12 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(1)
     if isinstance(command, Train) and summary.get("interrupt"):
         sys.exit(128 + summary["interrupt"])  # As shells have it.
+
+
+def _hint(command: Any) -> str:
+    """For who asks for a game of Atari by a name that it once had."""
+    old = isinstance(command, Train) and any(part in str(command.env) for part in ("NoFrameskip", "Deterministic", "-v4", "-v5"))
+    return "; games of Atari are ALE/NAME-v5, ALE/Pong-v5 for example" if old else ""
 
 
 def _train_default(args: list[str]) -> Any:
@@ -249,8 +255,15 @@ def _train(command: Any) -> dict[str, Any]:
             algo=command.algo,
         )
         folder = command.folder / (command.name or _new_name(command))
+    own = ALGORITHMS[task.algo].sets["default"].get("distribution")
+    if own is not None and own != task.options["distribution"]:
+        given = task.options["distribution"]
+        raise ValueError(f"--algo {task.algo} is DQN with --distribution {own}, got {given}: leave one of them out")
     _choose_threads(task)
-    summary = train(task, folder, resume=command.resume is not None, rollback=command.rollback, fork=command.fork)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("once", "much of what C51 learns from")
+        warnings.showwarning = lambda message, *_: tqdm.write(f"warning: {message}", file=sys.stderr)  # Above the progress bar.
+        summary = train(task, folder, resume=command.resume is not None, rollback=command.rollback, fork=command.fork)
     if not command.json:
         _print_summary(summary)
     return summary
@@ -289,13 +302,15 @@ def _new_name(command: Train) -> str:
 
 def _print_summary(summary: dict[str, Any]) -> None:
     def shown(value: Any) -> str:
-        return "unknown" if value is None else f"{value:.1f}"
+        if value is None:
+            return "unknown"
+        return f"{value:.1f}" if abs(value) >= 10 else f"{value + 0.0:.3g}"  # + 0.0: no "-0".
 
     def interval(name: str) -> str:
         found = summary[f"{name}_interval"]
-        return (
-            "" if found is None or summary["seeds"] == 1 else f" (95 % interval {found[0]:.1f} to {found[1]:.1f}, {summary['seeds']} seeds)"
-        )
+        if found is None or summary["seeds"] == 1:
+            return ""
+        return f" (95 % interval {shown(found[0])} to {shown(found[1])}, {summary['seeds']} seeds)"
 
     print(f"{summary['algo']} on {summary['env']}: {summary['steps']:,} steps, {summary['updates']:,} updates, {summary['seeds']} seed(s)")
     print(f"  greedy return, final parameters   {shown(summary['eval_iqm'])}{interval('eval')}")

@@ -70,6 +70,8 @@ ADVICE = {
     "clip_vloss": "value_clip is a number, or None where the value is not clipped",
     "vf_coef": "give value_coef; half of the squared error is weighed, so twice the number where SB3 or PFRL had it, the same for CleanRL",
     "value_func_coef": "give value_coef; half of the squared error is weighed, so twice the number where SB3 or PFRL had it",
+    "curiosity": "it is for PPO, which learns a second value for it, and with n_steps=1 for SAC and DQN's family, whose batches it pays "
+    "when they are drawn; PQN has neither a second value nor a replay",
     "autotune": "the temperature always is learnt, from initial_temperature",
     "polyak": "tau is 1 minus it",
 }
@@ -131,7 +133,8 @@ def require_number(name: str, value: Any, low: float, high: float, open_low: boo
     if isinstance(value, bool) or (not isinstance(value, int | float | jax.Array) and not hasattr(value, "__float__")):
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not (low < value if open_low else low <= value) or not value <= high or math.isinf(value):
-        raise ValueError(f"{name} must be in {'(' if open_low else '['}{low}, {high}], got {value}")
+        left, right = "(" if open_low or math.isinf(low) else "[", ")" if math.isinf(high) else "]"
+        raise ValueError(f"{name} must be in {left}{low}, {high}{right}, got {value}")
 
 
 def require_schedule(name: str, value: Any) -> None:

@@ -10,11 +10,15 @@ import pytest
 
 import dqn_jax
 from dqn_jax import finite
+from dqn_jax.agent import assemble
 from dqn_jax.algorithms.dqn import dqn
 from dqn_jax.heads import expected
+from dqn_jax.memory.ring import ring
+from dqn_jax.memory.uniform import uniform
+from dqn_jax.networks import QNetwork
 from dqn_jax.runs import CompiledRuns, Task
 from dqn_jax.stepper import PATIENCE
-from dqn_jax.types import Batch, Transition
+from dqn_jax.types import Batch, Feedback, Transition
 
 VECTOR, TWO = gymnasium.spaces.Box(-np.inf, np.inf, (3,), np.float32), gymnasium.spaces.Discrete(2)
 
@@ -118,3 +122,17 @@ def test_a_compiled_run_says_which_seed(algo, monkeypatch):
     with pytest.raises(dqn_jax.NonFiniteError, match=r"seed 7: all updates .*\n  reward is inf in the rows 0") as raised:
         runs.advance()
     assert "after it" in str(raised.value) or "gradient" in str(raised.value)
+
+
+def test_what_learn_gives_back_by_mistake_is_refused():
+    """Rewards of a replay come as windows [B, n]; less values [B] they make [B, B], in silence."""
+    careless = dqn(QNetwork(2, (8,)), optax.sgd(0.1), epsilon=0.1)
+
+    def learn(learner, batch, key, step):
+        td_error = batch.transition.reward - jnp.zeros(batch.transition.reward.shape[0])  # [B, 1] - [B]
+        return learner, Feedback(jnp.abs(td_error), {"loss": jnp.mean(td_error**2)})
+
+    agent = assemble(careless._replace(learn=learn), uniform(ring(16), 4), discount=0.9)
+    state = agent.init(jax.random.key(0), jnp.zeros((2, 3)))
+    with pytest.raises(ValueError, match=r"priority of shape \(4, 4\).*returns.n_step"):
+        jax.eval_shape(agent.update, state, agent.draw(state, 0))

@@ -147,3 +147,14 @@ def test_a_replay_of_frames_serves_curiosity(frames):
     statistics = agent.get_statistics()
     assert statistics["n_updates"] > 0 and statistics["average_intrinsic_reward"] > 0
     assert agent.state.learner.curiosity.predictor["params"]["Conv_0"]["kernel"].shape[2] == 1
+
+
+def test_rainbow_has_a_name_of_its_own():
+    env = gymnasium.make("CartPole-v1")
+    agent = dqn_jax.Rainbow(env, 3, hidden=(8,), capacity=300, replay_start_size=200)
+    same = dqn_jax.DQN(env, 3, **{**dqn_jax.RAINBOW_PRESETS["default"], "hidden": (8,), "capacity": 300, "replay_start_size": 200})
+    assert dqn_jax.digest(agent.state) == dqn_jax.digest(same.state)
+    again = dqn_jax.Rainbow.from_state(env, agent.state, hidden=(8,), capacity=300, replay_start_size=200)
+    assert repr(again).startswith("Rainbow(") and dqn_jax.digest(again.state) == dqn_jax.digest(agent.state)
+    pure = dqn_jax.rainbow(env, hidden=(8,), capacity=300, replay_start_size=200)
+    assert jax.tree.structure(jax.eval_shape(pure.init, jax.random.key(0), np.zeros((1, 4), np.float32))) == jax.tree.structure(agent.state)

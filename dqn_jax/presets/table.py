@@ -9,6 +9,7 @@ from dqn_jax.presets.dqn import DQN, DQNOptions, complaint, dqn, dqn_options, ep
 from dqn_jax.presets.dqn_sets import C51_PRESETS, IQN_PRESETS, PRESETS, QRDQN_PRESETS, RAINBOW_PRESETS
 from dqn_jax.presets.ppo import PPO, PPO_PRESETS, PPOOptions, ppo
 from dqn_jax.presets.pqn import PQN, PQN_PRESETS, PQNOptions, pqn, pqn_options
+from dqn_jax.presets.rainbow import Rainbow, rainbow
 from dqn_jax.presets.sac import SAC, SAC_PRESETS, SACOptions, sac
 from dqn_jax.types import Agent
 
@@ -46,7 +47,7 @@ ALGORITHMS: dict[str, Preset] = {
     "c51": Preset(DQNOptions, C51_PRESETS, dqn, DQN, _dqn_epsilon, complaint),
     "qrdqn": Preset(DQNOptions, QRDQN_PRESETS, dqn, DQN, _dqn_epsilon, complaint),
     "iqn": Preset(DQNOptions, IQN_PRESETS, dqn, DQN, _dqn_epsilon, complaint),
-    "rainbow": Preset(DQNOptions, RAINBOW_PRESETS, dqn, DQN, _dqn_epsilon, complaint),
+    "rainbow": Preset(DQNOptions, RAINBOW_PRESETS, rainbow, Rainbow, _dqn_epsilon, complaint),
     "ppo": Preset(PPOOptions, PPO_PRESETS, ppo, PPO, lambda steps, options: {}),
     "pqn": Preset(PQNOptions, PQN_PRESETS, pqn, PQN, _pqn_epsilon),
     "sac": Preset(SACOptions, SAC_PRESETS, sac, SAC, lambda steps, options: {}),
