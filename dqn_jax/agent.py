@@ -40,11 +40,14 @@ def assemble(algorithm: Algorithm, memory: Memory, *, discount: chex.Numeric, wa
 
     Raises:
       ValueError: if a count is out of range; from ``cadence``, if period and environments do not divide one another.
+      TypeError: from ``init``, if the key is not one of JAX's typed keys.
     """
     if warmup < 0 or period < 1 or updates < 1:
         raise ValueError(f"warmup must be >= 0, period and updates >= 1, got {warmup}, {period} and {updates}")
 
     def init(key: chex.PRNGKey, observation: chex.ArrayTree) -> AgentState:
+        if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+            raise TypeError(f"the key is a {key.dtype}{[*key.shape]}: pass jax.random.key(seed), or jax.random.wrap_key_data of yours")
         zero = jnp.zeros((), jnp.int32)
         learner = algorithm.init(stream(key, INIT, 0), observation)
         num_envs = jax.tree.leaves(observation)[0].shape[0]

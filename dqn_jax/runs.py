@@ -106,8 +106,12 @@ class HostRuns:
         """One chunk. Returns a row of the learning curve for each seed."""
         rows = min(self._rows, -(-(self.task.steps - self.steps) // self.task.num_envs))
         curve = []
-        for agent, loop in zip(self._agents, self._loops, strict=True):
-            ended = [episode for _ in range(rows) for episode in loop.step()]
+        for number, (agent, loop) in enumerate(zip(self._agents, self._loops, strict=True)):
+            try:
+                ended = [episode for _ in range(rows) for episode in loop.step()]
+            except Exception as error:
+                error.add_note(f"in the run of seed {self.task.seed + number}, after about {agent.get_statistics()['t']:,} steps")
+                raise
             statistics = agent.get_statistics()
             returns, lengths = np.mean(ended, axis=0) if ended else (np.nan, np.nan)
             means = {name.removeprefix("average_"): value for name, value in statistics.items() if name not in COUNTS}

@@ -152,6 +152,8 @@ def train(agent: Agent, env: Env, *, num_steps: int, num_envs: int = 1, history_
         )
     if num_steps < 1 or history_length < 1:
         raise ValueError(f"num_steps and history_length must be at least 1, got {num_steps} and {history_length}")
+    if num_steps >= 2**31:
+        raise ValueError(f"num_steps must be below 2^31, which the counters of transitions hold, got {num_steps}: split the run in several")
     cadence = agent.cadence(num_envs)
     noise_bytes = max(1, _noise_bytes(agent, env, num_envs))
     cycles = max(1, math.ceil((math.ceil(num_steps / num_envs) - cadence.prefill) / cadence.rows))

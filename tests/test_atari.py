@@ -142,13 +142,13 @@ def test_the_image_replay_keeps_what_was_acted_on():
     options = {**SMALL, "frames": "stack_first", "capacity": 3_000, "replay_start_size": 300, "n_steps": 1}
     agent = dqn_jax.DQN(envs, **options)
     spy = Spy(4, agent)
-    loop = runs._play_batch(spy, envs, 3, lambda reward: reward)
-    ended = [len(next(loop)) for _ in range(400)]
+    loop = runs.PlayBatch(spy, envs, 3, lambda reward: reward)
+    ended = [len(loop.step()) for _ in range(400)]
     assert sum(ended) >= 5 and 1 in ended, "episodes must end, some of them alone"
     assert agent.get_statistics()["n_updates"] > 100
     storage, memory = storage_of(dqn_jax.DQNOptions(**options), envs.single_observation_space), agent.state.memory
-    assert memory.sizes.tolist() == [399] * 3  # The last step has not been told yet.
-    numbers = np.arange(3 * 399).reshape(3, 399)  # One environment after the other, the oldest first.
+    assert memory.sizes.tolist() == [400] * 3
+    numbers = np.arange(3 * 400).reshape(3, 400)  # One environment after the other, the oldest first.
     windows = jax.jit(lambda state, number: storage.window(state, storage.slot(state, number)))
     for column in range(3):
         window = jax.device_get(windows(memory, numbers[column]))
@@ -156,7 +156,7 @@ def test_the_image_replay_keeps_what_was_acted_on():
             np.testing.assert_array_equal(window.observation[row], observation[column])
             np.testing.assert_array_equal(window.next_observation[row], successor[column])
             assert window.discount[row, 0] == 1 - terminated[column]
-            assert window.last[row, 0] == (terminated | truncated)[column] or row == 398  # A window ends at the write head, too.
+            assert window.last[row, 0] == (terminated | truncated)[column] or row == 399  # A window ends at the write head, too.
 
 
 @pytest.mark.parametrize("num_envs", [1, 2])
@@ -164,13 +164,13 @@ def test_the_image_replay_keeps_what_was_acted_on():
 def test_rewards_are_clipped_for_the_agent_and_returns_are_scores(num_envs, clipped):
     env_args = {"max_num_frames_per_episode": 240, "reward_clipping": clipped}
     if num_envs == 1:
-        env, loop = atari.make("ALE/Carnival-v5", **env_args), runs._play
+        env, loop = atari.make("ALE/Carnival-v5", **env_args), runs.Play
         spy = Spy(env.action_space.n)
     else:
-        env, loop = atari.make_vec("ALE/Carnival-v5", num_envs, **env_args), runs._play_batch
+        env, loop = atari.make_vec("ALE/Carnival-v5", num_envs, **env_args), runs.PlayBatch
         spy = Spy(env.single_action_space.n)
     playing = loop(spy, env, 0, atari.learnt_reward(env_args))
-    returns = [score for _ in range(121) for score, _ in next(playing)]
+    returns = [score for _ in range(121) for score, _ in playing.step()]
     assert len(returns) == 2 * num_envs
     learnt = np.concatenate([np.ravel(reward) for reward in spy.rewards if reward is not None])
     assert max(returns) >= 20, "what is shot pays 20 points or more"

@@ -1,5 +1,8 @@
 """Every bad input: the kind of the error, what its message names, and an agent that is as it was."""
 
+import subprocess
+import sys
+
 import gymnasium
 import jax
 import jax.numpy as jnp
@@ -595,7 +598,7 @@ def test_the_pure_agents_say_where_seed_and_environments_go(build):
 
 @pytest.mark.parametrize(("space", "entropy"), [(FLOAT_BOX, 3.0), (spaces.Box(-1, 1, (), np.float32), 0.7)])
 def test_an_entropy_beyond_that_of_a_uniform_policy_is_refused(space, entropy):
-    with pytest.raises(ValueError, match=r"target_entropy must be in \[-inf, "):
+    with pytest.raises(ValueError, match=r"target_entropy must be in \(-inf, "):
         SAC((PLAIN[0], space), target_entropy=entropy, **REPLAY)
 
 
@@ -963,3 +966,65 @@ def test_bad_observations_and_rewards_leave_these_agents_as_they_were(name):
         (lambda: agent.stop_episode_and_train(ZEROS, 1.0, 1), TypeError, "terminated is 1"),
     ):
         check(unchanged_by(agent, call, go_on), error, message)
+
+
+# What JAX leaves to its users.
+
+
+def test_a_key_that_is_no_typed_key_is_refused():
+    agent = dqn_jax.dqn(PLAIN)
+    for key in (jax.random.PRNGKey(0), jnp.zeros(2, jnp.uint32)):
+        with pytest.raises(TypeError, match=r"the key is a uint32\[2\]: pass jax.random.key\(seed\)"):
+            agent.init(key, jnp.zeros((1, 3)))
+    env = dqn_jax.make("phys2d/CartPole-v1")
+    with pytest.raises(TypeError, match=r"pass jax\.random\.key"):
+        dqn_jax.train(dqn_jax.dqn(env), env, num_steps=2_000).run(jax.random.PRNGKey(0))
+
+
+def test_more_steps_than_counters_hold_are_refused():
+    env = dqn_jax.make("phys2d/CartPole-v1")
+    with pytest.raises(ValueError, match="num_steps must be below 2\\^31"):
+        dqn_jax.train(dqn_jax.dqn(env), env, num_steps=2**31)
+
+
+def test_a_donated_state_used_again_raises():
+    env = dqn_jax.make("phys2d/CartPole-v1")
+    training = dqn_jax.train(dqn_jax.dqn(env, capacity=64, replay_start_size=32, batch_size=8), env, num_steps=100, history_length=2)
+    run = jax.jit(training.init)(jax.random.key(0))
+    advance = jax.jit(training.advance, donate_argnums=0)
+    advance(run)
+    with pytest.raises((RuntimeError, ValueError), match="deleted or donated"):
+        advance(run)
+
+
+ELSEWHERE = """
+import jax
+jax.config.update("jax_num_cpu_devices", 2)
+import numpy as np, dqn_jax
+from gymnasium import spaces
+both = (spaces.Box(-1, 1, (3,), np.float32), spaces.Discrete(2))
+options = {"hidden": (8,), "capacity": 64, "replay_start_size": 8, "batch_size": 4, "update_interval": 4}
+
+def fed(agent, steps, place=lambda x: x):
+    for t in range(steps):
+        agent.act_and_train(place(np.full(3, t / 100, np.float32)), 1.0)
+    return dqn_jax.digest(agent.state)
+
+second = jax.devices()[1]
+home, guest, wide = (dqn_jax.DQN(both, **options) for _ in range(3))
+assert fed(home, 30) == fed(guest, 30, lambda x: jax.device_put(x, second))  # What comes from another device is taken.
+moved = dqn_jax.DQN.from_state(both, jax.device_put(home.state, second), **options)
+assert fed(moved, 30) == fed(dqn_jax.DQN.from_state(both, home.state, **options), 30)  # And an agent may live there.
+fed(wide, 30)
+kinds = lambda: [leaf.dtype for leaf in jax.tree.leaves(wide.state)]
+before = kinds()
+with jax.enable_x64(True):  # Switched on later, or by somebody else: the state keeps its dtypes.
+    fed(wide, 30)
+    assert kinds() == before
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(dqn_jax.PPO(both, hidden=(8,)).state)} <= {"bool", "float32", "int32", "key<fry>"}
+"""
+
+
+def test_other_devices_and_64_bits_do_no_harm():
+    done = subprocess.run([sys.executable, "-c", ELSEWHERE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

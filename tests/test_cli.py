@@ -261,6 +261,11 @@ def test_what_was_learnt_survives_an_environment_that_raises(dqn_jax_command, su
         stop_after(patch, HostRuns, 30, fail)
         with pytest.raises(RuntimeError, match="the simulator is gone"):
             dqn_jax_command("train", HOST, *TINY, "--name", "broken")
+    with monkeypatch.context() as patch:
+        patch.setattr(gymnasium.wrappers.TimeLimit, "step", lambda self, action: fail())
+        with pytest.raises(RuntimeError, match="the simulator is gone") as raised:
+            dqn_jax_command("train", HOST, *TINY, "--name", "dead")
+    assert raised.value.__notes__ == ["in the run of seed 0, after about 0 steps"]
     assert len(Path("runs/broken/metrics.csv").read_text().splitlines()) == 1 + 29
     resumed = summary_of("train", "--resume", "runs/broken")
     assert resumed["complete"] is True and resumed["steps"] == STEPS
