@@ -127,6 +127,7 @@ def test_run_folder(finished):
         "curve.png",
         "last.safetensors",
         "metrics.csv",
+        "previous.safetensors",
         "summary.json",
     ]
     config = json.loads((folder / "config.json").read_text())
@@ -141,7 +142,7 @@ def test_run_folder(finished):
     assert evaluated == summary["eval_return"], "the last row is evaluated with the final parameters"
     best = np.nanmax(np.array([float(row["eval_return"]) for row in rows]).reshape(-1, summary["seeds"]), axis=0)
     assert summary["best_eval_return"] == best.tolist()
-    assert {"loss", "epsilon", "return", "length", "episodes"} <= set(rows[0])
+    assert {"loss", "epsilon", "return", "length", "episodes", "refused"} <= set(rows[0])
 
 
 def test_people_get_a_summary_that_says_what_to_do_next(finished, dqn_jax_command, tmp_path):
