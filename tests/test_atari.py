@@ -287,7 +287,7 @@ def test_a_window_is_refused():
 def test_convolutions_get_all_threads(words, inline, monkeypatch, tmp_path):
     chosen = []
     monkeypatch.setattr(cli, "compute_inline", lambda: chosen.append("inline"))
-    monkeypatch.setattr(cli, "train", lambda task, folder, resume: {})
+    monkeypatch.setattr(cli, "train", lambda task, folder, **how: {})
     cli.main([*map(str, ["train", "ALE/Pong-v5", *words, "--folder", tmp_path, "--json"])])
     assert chosen == ["inline"] * inline
 
