@@ -34,6 +34,18 @@ def is_atari(env_id: str) -> bool:
     return env_id.startswith("ALE/")
 
 
+def require_preprocessed(env_id: str) -> None:
+    """Raises if an id is one of ale-py's older ones, ``PongNoFrameskip-v4``, which Gymnasium knows as soon as ale-py has registered them.
+
+    Raises:
+      ValueError: then; such an environment gives pictures of the screen in colour, or the machine's memory.
+    """
+    spec = gymnasium.registry.get(env_id)
+    if spec is not None and str(spec.entry_point).startswith("ale_py") and not is_atari(env_id):
+        name = "".join(word.title() for word in spec.kwargs["game"].split("_"))
+        raise ValueError(f"{env_id} is not preprocessed as agents need it (small grey pictures, in stacks): take ALE/{name}-v5")
+
+
 def make(env_id: str, *, render_mode: str | None = None, **env_args: Any) -> "AtariEnv":
     """One game.
 

@@ -57,6 +57,7 @@ class HostRuns:
     """One agent for each seed, each with Gymnasium environments of its own, advanced in turn."""
 
     def __init__(self, task: Task):
+        atari.require_preprocessed(task.env)
         self.task = task
         self.steps = 0
         self._envs = [self._make() for _ in range(task.seeds)]

@@ -254,6 +254,8 @@ def test_a_run_trains_resumes_evaluates_and_is_loaded(words, command, monkeypatc
     ("words", "message"),
     [
         (["ALE/Pnog-v5"], "Did you mean: `Pong`"),
+        (["PongNoFrameskip-v4"], "PongNoFrameskip-v4 is not preprocessed as agents need it (small grey pictures, in stacks): take ALE/Pong-v5"),
+        (["SpaceInvaders-v0"], "take ALE/SpaceInvaders-v5"),
         (["ALE/Pong-v5", "--env-arg", "batch_size=3"], "ALE/Pong-v5 does not take batch_size: all games step together"),
         (["ALE/Pong-v5", "--env-arg", "life_loss_info=true"], "no true successor where a life is lost; episodic_life=true"),
         (["ALE/Pong-v5", "--env-arg", "game=breakout"], "ALE/Pong-v5 does not take game: the id names it"),
@@ -265,6 +267,7 @@ def test_a_run_trains_resumes_evaluates_and_is_loaded(words, command, monkeypatc
     ],
 )
 def test_what_cannot_be_is_refused_in_a_line(words, message, command):
+    gymnasium.register_envs(ale_py)  # From then on Gymnasium knows the old ids, too.
     status, _, err = command("train", *words)
     assert status == 2
     (line,) = [line for line in err.splitlines() if line.startswith("error: ")]

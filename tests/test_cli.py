@@ -412,7 +412,7 @@ REFUSED = [
     (["train", HOST, "--algo", "ppo", "--steps", 500], "--rollout-length"),
     (["train", HOST, "--algo", "c51", "--distribution", "iqn"], "--algo c51 is DQN with --distribution c51, got iqn"),
     (["train", HOST, "--algo", "pqn", "--curiosity", "rnd"], "PQN has neither a second value nor a replay"),
-    (["train", "PongNoFrameskip-v4"], "ALE/Pong-v5"),
+    (["train", "PongNoFrameskip-v4"], "ALE/Pong-v5"),  # Whether or not a test before this one registered it: see test_atari.py.
     (["train", HOST, "--steps", 0], "steps"),
     (["train", HOST, "--steps", -5], "steps"),
     (["train", HOST, "--seeds", 0], "seeds"),
