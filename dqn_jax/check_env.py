@@ -158,13 +158,18 @@ def _play(env: gymnasium.Env, steps: int, seed: int) -> Iterator[Any]:
 def _play_vector(env: Any, num_envs: int, steps: int, seed: int) -> Iterator[Any]:
     """Random steps of a vector environment."""
     check = spaces.observation_check(env.single_observation_space, num_envs)
-    env.action_space.seed(seed)
-    observation, _ = env.reset(seed=seed)
+    env.single_action_space.seed(seed)
+    try:
+        observation, infos = env.reset(seed=seed)
+    except Exception as error:
+        yield _raised("reset(seed=...)", error, "mend the environment, or the way in which it is made into a vector")
+        return
     yield from _bad(check, observation, "reset")
     lengths = np.zeros(num_envs, int)
     for number in range(max(1, steps // num_envs)):
         try:
-            observation, reward, terminated, truncated, infos = env.step(env.action_space.sample())
+            actions = [_action(env.single_action_space, jax.tree.map(lambda leaf, i=i: leaf[i], observation)) for i in range(num_envs)]
+            observation, reward, terminated, truncated, infos = env.step(np.stack(actions))
             true_successors(observation, infos, np.asarray(terminated) | np.asarray(truncated))
         except Exception as error:
             yield _raised(f"step {number + 1}", error, "mend the environment, or the way in which it is made into a vector")
@@ -184,9 +189,17 @@ def _play_jax(env: Env, steps: int, seed: int) -> Iterator[Any]:
     check = spaces.observation_check(env.observation_space, None)
     env.action_space.seed(seed)
     key, step, length = jax.random.key(seed), jax.jit(env.step), 0
-    state, observation = jax.jit(env.reset)(key)
+    try:
+        state, observation = jax.jit(env.reset)(key)
+    except Exception as error:
+        yield _raised("reset", error, "mend the environment: reset is traced by jax.jit")
+        return
     for number in range(steps):
-        state, seen = step(jax.random.fold_in(key, number), state, _action(env.action_space, observation))
+        try:
+            state, seen = step(jax.random.fold_in(key, number), state, _action(env.action_space, observation))
+        except Exception as error:
+            yield _raised(f"step {number + 1}", error, "mend the environment: step is traced by jax.jit")
+            return
         observation, length = seen.observation, length + 1
         yield from _bad(check, jax.device_get(seen.next_observation), "step")
         yield from _bad_outcome(float(seen.reward), bool(seen.terminated), bool(seen.truncated))

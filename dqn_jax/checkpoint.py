@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 FORMAT = "dqn_jax checkpoint 2"
+VERSIONS = {"jax": jax.__version__, "numpy": np.__version__, "python": platform.python_version()}
 # What reading a file that says nonsense may raise, where its checksums are right and yet it was not written by ``save``.
 NONSENSE = ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError, MemoryError
 
@@ -47,27 +49,24 @@ def save(path: str | os.PathLike, tree: chex.ArrayTree, info: dict[str, Any] | N
             "sha256": _digest(leaves),
             "leaves": {name: [list(leaf.shape), dtype] for name, (dtype, leaf) in leaves.items()},
             "info": info or {},
-            "versions": {"jax": jax.__version__, "numpy": np.__version__, "python": platform.python_version()},
+            "versions": VERSIONS,
         }
     )
     header = {"format": FORMAT, "manifest": manifest, "manifest_sha256": hashlib.sha256(manifest.encode()).hexdigest()}
-    # Always the same name: what a save that was killed has left is written over by the next one.
+    # A folder, since safetensors may itself write under a name of its choice first. What a save that was killed has left in it goes with
+    # the next one.
     partial = path.with_name(f"{path.name}.partial")
+    discard(partial)
     try:
-        save_file({name: _storable(leaf) for name, (_, leaf) in leaves.items()}, partial, metadata=header)
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except BaseException as error:
-        partial.unlink(missing_ok=True)
-        if isinstance(error, SafetensorError):
-            raise OSError(f"{path} could not be written ({error}): make room on the disk; what was there before is untouched") from error
-        raise
+        partial.mkdir()
+        save_file({name: _storable(leaf) for name, (_, leaf) in leaves.items()}, partial / "state", metadata=header)
+        _sync(partial / "state")
+        os.replace(partial / "state", path)
+        _sync(path.parent)
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written ({error}): make room on the disk; what was there before is untouched") from error
+    finally:
+        discard(partial)
 
 
 def load(path: str | os.PathLike, template: chex.ArrayTree) -> tuple[Any, dict[str, Any]]:
@@ -84,22 +83,30 @@ def load(path: str | os.PathLike, template: chex.ArrayTree) -> tuple[Any, dict[s
       FileNotFoundError: if there is no such file.
       CheckpointError: if it is not a checkpoint, does not fit the template (every difference is listed), or is damaged.
     """
-    manifest = _manifest(path)
     expected = _forms(template)
-    if problems := _differences(manifest["leaves"], expected):
-        told = {name: value for name, value in manifest["info"].items() if name != "world"}
-        raise CheckpointError(
-            f"{path} does not fit this agent; build the agent with the spaces and the options it was saved with (beside it stands "
-            f"{told}):\n  {problems}"
-        )
-    try:
-        with safe_open(path, framework="numpy") as file:
+    with _opened(path) as file:  # Once: a save may put another file under the name meanwhile.
+        manifest = _manifest(path, file)
+        if problems := _differences(manifest["leaves"], expected):
+            told = {name: value for name, value in manifest["info"].items() if name != "world"}
+            raise CheckpointError(
+                f"{path} does not fit this agent; build the agent with the spaces and the options it was saved with (beside it stands "
+                f"{told}):\n  {problems}"
+            )
+        try:
             leaves = {name: (dtype, _stored(file.get_tensor(name), dtype)) for name, (_, dtype) in expected.items()}
-    except (SafetensorError, *NONSENSE) as error:
-        raise CheckpointError(f"{path} is damaged ({error}): restore an earlier checkpoint") from error
+        except (SafetensorError, *NONSENSE) as error:
+            raise CheckpointError(f"{path} is damaged ({error}): restore an earlier checkpoint") from error
     if _digest(leaves) != manifest["sha256"]:
         raise CheckpointError(f"{path} is damaged (its checksum does not match): restore an earlier checkpoint")
     return _rebuilt(template, leaves), manifest["info"]
+
+
+def discard(partial: Path) -> None:
+    """Removes what a save that was killed has left, a file or a folder with all that is in it, if it is there."""
+    if partial.is_dir():
+        shutil.rmtree(partial)
+    else:
+        partial.unlink(missing_ok=True)
 
 
 def require_fit(state: chex.ArrayTree, template: chex.ArrayTree, owner: str) -> None:
@@ -122,7 +129,15 @@ def require_fit(state: chex.ArrayTree, template: chex.ArrayTree, owner: str) -> 
 
 def read_info(path: str | os.PathLike) -> dict[str, Any]:
     """The dict saved beside the state at ``path``. Raises as ``load`` does."""
-    return _manifest(path)["info"]
+    with _opened(path) as file:
+        return _manifest(path, file)["info"]
+
+
+def other_versions(path: str | os.PathLike) -> list[str]:
+    """A line for each version that has changed since the state at ``path`` was saved. Raises as ``load`` does."""
+    with _opened(path) as file:
+        saved = _manifest(path, file)["versions"]
+    return [f"{name} was {saved.get(name)} and is {now}" for name, now in VERSIONS.items() if saved.get(name) != now]
 
 
 def digest(tree: chex.ArrayTree) -> str:
@@ -130,12 +145,27 @@ def digest(tree: chex.ArrayTree) -> str:
     return _digest(_host_leaves(tree))
 
 
-def _manifest(path: str | os.PathLike) -> dict[str, Any]:
+def _sync(path: Path) -> None:
+    """Waits until a file or a folder is on the disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def _opened(path: str | os.PathLike) -> Any:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}: expected a file written by save()")
     try:
-        with safe_open(path, framework="numpy") as file:
-            header = file.metadata() or {}
+        return safe_open(path, framework="numpy")
+    except (SafetensorError, *NONSENSE) as error:
+        raise CheckpointError(f"{path} is not a checkpoint of dqn_jax, or is damaged ({error})") from error
+
+
+def _manifest(path: str | os.PathLike, file: Any) -> dict[str, Any]:
+    try:
+        header = file.metadata() or {}
     except (SafetensorError, *NONSENSE) as error:
         raise CheckpointError(f"{path} is not a checkpoint of dqn_jax, or is damaged ({error})") from error
     if header.get("format") != FORMAT:
@@ -146,7 +176,7 @@ def _manifest(path: str | os.PathLike) -> dict[str, Any]:
     try:
         read = json.loads(manifest)
         read["leaves"] = {name: (tuple(shape), dtype) for name, (shape, dtype) in read["leaves"].items()}
-        return {"info": dict(read["info"]), "sha256": str(read["sha256"]), "leaves": read["leaves"]}
+        return {name: dict(read[name]) for name in ("info", "leaves", "versions")} | {"sha256": str(read["sha256"])}
     except NONSENSE as error:
         raise CheckpointError(f"{path} was not written by this package: its header makes no sense ({type(error).__name__})") from error
 
@@ -211,7 +241,7 @@ def _is_spread(leaf: Any) -> bool:
 
 def _rebuilt(template: chex.ArrayTree, leaves: dict[str, tuple[str, np.ndarray]]) -> Any:
     def to_device(path: Any, like: Any) -> jax.Array:
-        data = leaves[jax.tree_util.keystr(path)][1]
+        data = leaves.pop(jax.tree_util.keystr(path))[1]  # Gone as soon as it is on the device.
         # Copies: the device must not share the file's memory.
         spread = _is_spread(like)
         array = jax.make_array_from_callback(data.shape, like.sharding, lambda part: np.array(data[part])) if spread else jnp.array(data)

@@ -212,6 +212,8 @@ def _require_own_flags(args: list[str], command: Any) -> None:
         raise ValueError("--rollback goes with --resume RUN")
     if "--fork" in flags and (sets := [flag for flag in flags if flag in ("--algo", "--preset")]):
         raise ValueError(f"--fork begins with the options of its run: leave out {' and '.join(sets)}, and give single options")
+    if "--fork" in flags and "--seed" in flags:
+        raise ValueError("--fork goes on with the random numbers of its run: leave out --seed")
 
 
 def _foreign_flag(flags: list[str], command: Any) -> str | None:

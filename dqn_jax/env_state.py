@@ -1,15 +1,19 @@
 """What a Gymnasium environment is in the middle of, as data: so that a run goes on in the episode in which it stopped.
 
 No environment is pickled, since to unpickle is to run what a file says. Its attributes, and those of its wrappers, are read instead:
-numbers, words, arrays, containers of them, random generators, and objects made of these. What cannot change is passed over. Anything else,
-a simulator written in C++ say, is refused by name, so that nothing is left out in silence; MuJoCo's state is read by its own functions. An
-environment that knows better offers ``get_env_state() -> state`` and ``set_env_state(state)``, of the same kinds of data.
+numbers, words, arrays, containers of them, random generators, and objects made of these. Of code, and of MuJoCo's models, it is only noted
+which they are. Anything else, a simulator written in C++ say, is refused by name, so that nothing is left out in silence; MuJoCo's state is
+read by its own functions. An environment that knows better offers ``get_env_state() -> state`` and ``set_env_state(state)``, of the same
+kinds of data.
 """
 
 import abc
 import base64
 import collections
 import enum
+import functools
+import hashlib
+import random
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -17,11 +21,16 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-# Of no weight for what happens next: what the environment is, and what it draws.
-PASSED_OVER = {"spec", "metadata", "env_fns", "render_mode", "screen", "clock", "surf", "window", "viewer", "mujoco_renderer", "isopen"}
-PASSED_OVER |= {"fire_images", "hole_img", "cracked_hole_img", "ice_img", "elf_images", "goal_img", "start_img"}  # Of FrozenLake.
+PASSED_OVER = {"spec", "metadata", "env_fns", "render_mode", "viewer", "mujoco_renderer"}  # What the environment is, and who draws it.
+# What environments call pictures and windows: of no weight for what happens next, where they cannot be read.
+DRAWN = {"screen", "clock", "surf", "window", "isopen"}
+DRAWN |= {"fire_images", "hole_img", "cracked_hole_img", "ice_img", "elf_images", "goal_img", "start_img"}  # Of FrozenLake.
 CONTAINERS = list, tuple, set, dict, collections.deque, np.ndarray, np.generic, int, float, str, bytes
-CODE = types.FunctionType | types.MethodType | types.BuiltinFunctionType | types.ModuleType | type | np.ufunc
+CODE = types.FunctionType | types.MethodType | types.BuiltinFunctionType | types.ModuleType | type | np.ufunc | functools.partial
+
+
+class _Plain:
+    """As small as an object can be that has attributes."""
 
 
 class NotCapturable(TypeError):
@@ -63,6 +72,12 @@ class _Writer:
         self.seen: dict[int, int] = {}
         self.kept: list[Any] = []  # So that no number of an object is given to another one meanwhile.
 
+    def forget(self, count: int) -> None:
+        """Takes back what was written after the first ``count`` things."""
+        for thing in self.kept[count:]:
+            del self.seen[id(thing)]
+        del self.kept[count:]
+
     def value(self, value: Any, name: str) -> Any:
         if value is None or type(value) in (bool, int, float, str):
             return value
@@ -70,6 +85,8 @@ class _Writer:
             return {"kind": "again", "value": self.seen[id(value)]}
         if isinstance(value, np.generic):
             return {"kind": "scalar", **_array(np.asarray(value))}
+        if isinstance(value, np.ndarray) and any(isinstance(one, np.ndarray) and np.may_share_memory(one, value) for one in self.kept):
+            raise NotCapturable(f"{name} shares memory with another array, which would be two arrays afterwards")
         self.seen[id(value)] = len(self.seen)
         self.kept.append(value)
         return {"number": self.seen[id(value)], **self.thing(value, name)}
@@ -79,14 +96,22 @@ class _Writer:
             return {"kind": "array", **_array(value)}
         if isinstance(value, enum.Enum):
             return {"kind": "enum", "value": value.name}
-        if isinstance(value, np.random.Generator):
+        if isinstance(value, np.random.Generator) and type(value.bit_generator) is np.random.PCG64:
             return {"kind": "generator", "value": self.value(value.bit_generator.state, f"{name}.bit_generator")}
+        if type(value) is random.Random:
+            return {"kind": "random", "value": self.value(value.getstate(), name)}
+        if isinstance(value, CODE):
+            return {"kind": "code", "value": _name_of(value)}
+        if _is_mujoco(value, "MjModel"):
+            return {"kind": "model", "value": _digest(value)}
         if type(value) in (list, tuple, set, collections.deque):
             items = [self.value(item, f"{name}[{i}]") for i, item in enumerate(value)]
             return {"kind": type(value).__name__, "value": items, "maxlen": getattr(value, "maxlen", None)}
         if type(value) in (dict, collections.OrderedDict, collections.defaultdict):
+            if any(isinstance(key, enum.Enum) for key in value):
+                raise NotCapturable(f"{name} is a dict whose keys are no numbers, words or tuples of these")
             pairs = [[self.value(key, f"{name}'s key"), self.value(item, f"{name}[{key!r}]")] for key, item in value.items()]
-            return {"kind": "dict", "value": pairs}
+            return {"kind": type(value).__name__, "value": pairs}
         return {"kind": "object", "class": type(value).__qualname__, "value": self.attributes(value, name)}
 
     def attributes(self, thing: Any, name: str) -> dict[str, Any]:
@@ -95,15 +120,22 @@ class _Writer:
         if not _is_python(thing):
             raise NotCapturable(f"{name} is a {type(thing).__name__}, whose state cannot be read as data")
         written = {}
-        for attribute, value in _changing(thing):
-            here = f"{name}.{attribute}"
-            if isinstance(value, gymnasium.Space):
-                written[attribute] = self.value(_generators(value), here)
-            elif _is_mujoco(value, "MjData"):
-                written[attribute] = self.value(_mujoco_state(thing.model, value), here)
-            else:
-                written[attribute] = self.value(value, here)
+        for attribute, value in _attributes(thing):
+            count = len(self.kept)
+            try:
+                written[attribute] = self.attribute(thing, value, f"{name}.{attribute}")
+            except NotCapturable:
+                if attribute not in DRAWN:
+                    raise
+                self.forget(count)
         return written
+
+    def attribute(self, owner: Any, value: Any, name: str) -> Any:
+        if isinstance(value, gymnasium.Space):
+            return self.value(_generators(value), name)
+        if _is_mujoco(value, "MjData"):
+            return self.value(_mujoco_state(owner.model, value), name)
+        return self.value(value, name)
 
 
 class _Reader:
@@ -129,24 +161,41 @@ class _Reader:
             return _read_array(written)
         if kind == "enum":
             return type(present)[value]
+        if kind in ("code", "model"):
+            now = _digest(present) if kind == "model" else _name_of(present)
+            if now != value:
+                raise ValueError(f"{name} is not the {kind} that it was when it was saved ({value}, now {now})")
+            return present
         if kind == "generator":
-            state = self.value(value, None, name)
-            if state["bit_generator"] != "PCG64":
-                raise ValueError(f"{name} is a generator of the kind {state['bit_generator']!r}, expected PCG64")
             generator = present if isinstance(present, np.random.Generator) else np.random.Generator(np.random.PCG64())
-            generator.bit_generator.state = state
+            generator.bit_generator.state = self.value(value, None, name)
             return generator
+        if kind == "random":
+            present.setstate(self.value(value, None, name))
+            return present
         if kind == "object":
             return self.object(written, present, name)
-        if kind == "dict":
-            there = present if isinstance(present, dict) else {}
-            pairs = ((self.value(key, None, name), item) for key, item in value)
-            return {key: self.value(item, there.get(key), f"{name}[{key!r}]") for key, item in pairs}
+        return self.container(written, present, name)
+
+    def container(self, written: dict[str, Any], present: Any, name: str) -> Any:
+        kind, value = written["kind"], written["value"]
+        made: Any
+        if kind in ("dict", "OrderedDict", "defaultdict"):
+            there = dict(present) if isinstance(present, dict) else {}
+            made = {} if kind == "dict" else collections.OrderedDict() if kind == "OrderedDict" else type(present)(present.default_factory)
+            self.seen[written["number"]] = made  # It may hold itself.
+            for written_key, item in value:
+                key = self.value(written_key, None, name)
+                made[key] = self.value(item, there.get(key), f"{name}[{key!r}]")
+            return made
         now = list(present) if isinstance(present, list | tuple | collections.deque) else []
-        items = [self.value(item, now[i] if i < len(now) else None, f"{name}[{i}]") for i, item in enumerate(value)]
-        if kind == "deque":
-            return collections.deque(items, written["maxlen"])
-        return {"list": list, "tuple": tuple, "set": set}[kind](items)
+        items = (self.value(item, now[i] if i < len(now) else None, f"{name}[{i}]") for i, item in enumerate(value))
+        if kind in ("tuple", "set"):
+            return {"tuple": tuple, "set": set}[kind](items)
+        made = [] if kind == "list" else collections.deque(maxlen=written["maxlen"])
+        self.seen[written["number"]] = made
+        made.extend(items)
+        return made
 
     def object(self, written: dict[str, Any], present: Any, name: str) -> Any:
         if type(present).__qualname__ != written["class"]:
@@ -156,7 +205,7 @@ class _Reader:
         if "get_env_state" in attributes:
             present.set_env_state(self.value(attributes["get_env_state"], None, name))
             return present
-        own = dict(_changing(present))
+        own = dict(_attributes(present))
         for attribute, value in attributes.items():
             here = f"{name}.{attribute}"
             now = own.get(attribute)
@@ -165,21 +214,25 @@ class _Reader:
             elif _is_mujoco(now, "MjData"):
                 _set_mujoco_state(present.model, now, self.value(value, None, here))
             else:
-                setattr(present, attribute, self.value(value, now, here))
+                vars(present)[attribute] = self.value(value, now, here)  # Also where it is frozen.
         return present
 
 
-def _changing(thing: Any) -> Iterator[tuple[str, Any]]:
+def _attributes(thing: Any) -> Iterator[tuple[str, Any]]:
     """The attributes that may change while an environment is stepped."""
-    for name, value in vars(thing).items():
-        if name not in PASSED_OVER and not isinstance(value, CODE) and not _is_mujoco(value, "MjModel"):
-            yield name, value
+    return ((name, value) for name, value in vars(thing).items() if name not in PASSED_OVER)
 
 
 def _is_python(thing: Any) -> bool:
-    """Whether all that an object is stands in its attributes: not if it is written in another language, or is a container besides."""
+    """Whether all that an object is stands in its attributes: not if it is written in another language, has slots, or is a container."""
     kind = type(thing)
-    return type(kind) in (type, abc.ABCMeta) and hasattr(thing, "__dict__") and not isinstance(thing, CONTAINERS)
+    slots = {slot for base in kind.__mro__ for slot in vars(base).get("__slots__", ())}
+    plain = type(kind) in (type, abc.ABCMeta) and hasattr(thing, "__dict__") and not isinstance(thing, CONTAINERS)
+    return plain and kind.__basicsize__ <= _Plain.__basicsize__ and slots <= {"__dict__", "__weakref__"}
+
+
+def _name_of(code: Any) -> str:
+    return getattr(code, "__qualname__", None) or getattr(code, "__name__", None) or type(code).__qualname__
 
 
 def _is_mujoco(value: Any, kind: str) -> bool:
@@ -210,6 +263,14 @@ def _arrays(data: Any) -> Iterator[tuple[str, np.ndarray]]:
     for name in dir(data):
         if name[0] != "_" and isinstance(field := getattr(data, name), np.ndarray) and field.flags.writeable:
             yield name, field
+
+
+def _digest(model: Any) -> str:
+    """Which model it is: environments may change its numbers, masses and frictions say."""
+    sha = hashlib.sha256()
+    for name, field in _arrays(model):
+        sha.update(name.encode() + np.ascontiguousarray(field).tobytes())
+    return sha.hexdigest()
 
 
 def _generators(space: gymnasium.Space) -> list[np.random.Generator | None]:

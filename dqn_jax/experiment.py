@@ -27,6 +27,7 @@ from dqn_jax.runs import CompiledRuns, HostRuns, Task, make_runs
 from dqn_jax.statistics import bootstrap_interval, iqm
 
 EVALUATIONS = 10
+SAVE_EVERY = 300.0  # Seconds after which the end of a chunk is saved though no evaluation is due.
 
 
 def train(task: Task, folder: Path, *, resume: bool = False, rollback: bool = False, fork: Path | None = None) -> dict[str, Any]:
@@ -44,7 +45,8 @@ def train(task: Task, folder: Path, *, resume: bool = False, rollback: bool = Fa
 
     Raises:
       FileExistsError: if the folder holds a run and ``resume`` is False.
-      dqn_jax.NonFiniteError: if nothing is learnt any more, since losses are not finite; the run has been saved.
+      ValueError: if a run to fork has made all of the task's steps.
+      dqn_jax.NonFiniteError: if nothing is learnt any more, since losses are not finite; the run has been saved up to there.
       FileNotFoundError, dqn_jax.CheckpointError: if there is nothing sound to resume from.
     """
     if not resume:
@@ -57,21 +59,24 @@ def train(task: Task, folder: Path, *, resume: bool = False, rollback: bool = Fa
     start = time.perf_counter()
     runs.compile()
     compile_seconds = time.perf_counter() - start
-    # Bad options have ended above, before anything is written.
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(task._asdict(), indent=2) + "\n")
     log = Log(folder, task)
+    origin: dict[str, Any] = {}
     if resume:
-        log.restore(runs, rollback)
+        origin = log.restore(runs, rollback)
     elif fork is not None:
-        log.begin_with(runs, fork)
+        origin = log.begin_with(runs, fork)
+    # What is bad has ended above, before anything is written.
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(folder / "config.json", task._asdict() | origin)
+    if fork is not None:
+        log.save(runs, True)
     if runs.steps >= task.steps:
         say(f"the run has made {runs.steps:,} steps already: to go on, ask for more in all with --steps")
     first = runs.steps
     seconds, interrupt = _loop(task, runs, log)
     speed = (runs.steps - first) * task.seeds / seconds if seconds else math.nan
     summary = summarise(task, folder, runs, log, speed, compile_seconds) | {"interrupt": interrupt}
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    _write_json(folder / "summary.json", summary)
     draw_curve(log.rows, folder / "curve.png")
     return summary
 
@@ -98,7 +103,7 @@ def _loop(task: Task, runs: HostRuns | CompiledRuns, log: "Log") -> tuple[float,
                 bar.set_postfix(log.latest(), refresh=False)
                 bar.total = max(bar.total, runs.steps)
                 bar.update(runs.steps - before)
-                if due:
+                if due or log.age() > SAVE_EVERY:
                     log.save(runs, whole)
         finally:
             if runs.steps > first:
@@ -116,6 +121,7 @@ class Log:
         self.best = np.full(task.seeds, -np.inf)
         self._best_learners: Any = None
         self._saved: int | None = None  # Steps of the last checkpoint, where it is whole.
+        self._saved_at = time.perf_counter()
 
     def add(self, runs: HostRuns | CompiledRuns, curve: list[dict[str, float]], evaluated: np.ndarray | None) -> None:
         """One chunk's rows, one for each seed, and its evaluation, if there was one."""
@@ -148,6 +154,10 @@ class Log:
         means = {name: _mean(values) for name, values in {**shown, "eval": evaluated}.items()}
         return {name: f"{value:.3g}" for name, value in means.items() if not math.isnan(value)}
 
+    def age(self) -> float:
+        """Seconds since the last checkpoint, or the beginning."""
+        return time.perf_counter() - self._saved_at
+
     def save(self, runs: HostRuns | CompiledRuns, whole: bool) -> None:
         """Writes the rows, and then the state; the state before it is kept. Rows beyond the state's steps are dropped on resume.
 
@@ -177,11 +187,14 @@ class Log:
         info = {"steps": runs.steps, "task": self.task._asdict(), "world": world, "lost": runs.lost}
         checkpoint.save(last, runs.state(), info)
         self._saved = runs.steps if whole else None
+        self._saved_at = time.perf_counter()
 
-    def restore(self, runs: HostRuns | CompiledRuns, rollback: bool = False) -> None:
-        """Puts the last checkpoint, or the one before it, into ``runs`` and reads the rows up to it."""
+    def restore(self, runs: HostRuns | CompiledRuns, rollback: bool = False) -> dict[str, Any]:
+        """Puts the last checkpoint, or the one before it, into ``runs`` and reads the rows up to it. Returns what the run's ``config.json``
+        says beside its task.
+        """
         for partial in self.folder.glob("*.partial"):  # Of saves that were killed.
-            partial.unlink()
+            checkpoint.discard(partial)
         last, previous = self.folder / "last.safetensors", self.folder / "previous.safetensors"
         try:
             info = _restore(runs, previous if rollback else last)
@@ -199,14 +212,17 @@ class Log:
                 self.best = np.array(best["eval_return"])
             except checkpoint.CheckpointError as error:
                 say(f"warning: {error}; what evaluated best so far is lost")
+        config = json.loads((self.folder / "config.json").read_text())
+        return {name: value for name, value in config.items() if name not in Task._fields}
 
-    def begin_with(self, runs: HostRuns | CompiledRuns, other: Path) -> None:
-        """Puts the last checkpoint of another run into ``runs``."""
+    def begin_with(self, runs: HostRuns | CompiledRuns, other: Path) -> dict[str, Any]:
+        """Puts the last checkpoint of another run into ``runs``. Returns what ``config.json`` is to say about that."""
         info = _restore(runs, other / "last.safetensors")
+        if runs.steps >= self.task.steps:
+            raise ValueError(f"{other} has made {runs.steps:,} steps already: ask for more in all with --steps")
         changed = _changes(info["task"], self.task._asdict())
         say(f"forked from {other} at step {info['steps']:,}: {'; '.join(changed) or 'nothing changed'}")
-        note = {"forked_from": {"run": str(other), "steps": info["steps"], "changed": changed}}
-        (self.folder / "config.json").write_text(json.dumps(self.task._asdict() | note, indent=2) + "\n")
+        return {"forked_from": {"run": str(other), "steps": info["steps"], "changed": changed}}
 
     def _read_rows(self, steps: int) -> list[dict[str, float]]:
         """The rows up to these steps."""
@@ -232,13 +248,24 @@ class Log:
 def _restore(runs: HostRuns | CompiledRuns, path: Path) -> dict[str, Any]:
     """Puts a checkpoint into ``runs``. Returns what is told beside it."""
     state, info = checkpoint.load(path, runs.state())
-    same = all(info["task"][name] == getattr(runs.task, name) for name in ("env", "env_args"))
-    world = info["world"] if same else None
-    if world is None and isinstance(runs, HostRuns):
-        why = "it is another environment" if not same else info["lost"] or "the run ended in the middle of a step"
-        say(f"the environments begin new episodes, so this will differ from a run that never stopped: {why}")
-    runs.restore(state, info["steps"], world)
+    if others := checkpoint.other_versions(path):
+        say(f"this may differ in the last bits from a run that never stopped: {', '.join(others)}")
+    world, lost = info["world"], None
+    if any(info["task"][name] != getattr(runs.task, name) for name in ("env", "env_args")):
+        world, lost = None, "it is another environment"
+    elif world is None:
+        lost = info["lost"] or "the run ended in the middle of a step"
+    lost = runs.restore(state, info["steps"], world) or lost
+    if lost and isinstance(runs, HostRuns):
+        say(f"the environments begin new episodes, so this will differ from a run that never stopped: {lost}")
     return info
+
+
+def _write_json(path: Path, value: Any) -> None:
+    """Writes a file that is never seen in part, nor lost on a full disk."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(partial, path)
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -17,6 +17,7 @@ from dqn_jax.types import Agent, AgentState
 # Up to here a choice between old and new costs less than a branch, and one long vector less than several. Beyond it a choice would keep
 # both alive, and so copy what an update could have written in place.
 SMALL = 50_000
+PATIENCE = 20  # Calls that learn, or updates of a compiled run, that may be refused in a row.
 
 
 class NonFiniteError(FloatingPointError):
@@ -60,6 +61,11 @@ def learn_if(sound: chex.Array, learn: Callable[[Any], Any], learner: Any) -> An
     if sum(leaf.size for leaf in jax.tree.leaves(learner)) <= 4 * SMALL:  # Parameters, their targets, and the optimizer's two moments.
         return choose(sound, learn(learner), learner)
     return jax.lax.cond(sound, learn, lambda learner: learner, learner)
+
+
+def all_refused(share: Any, updates: int) -> Any:
+    """Whether a metric ``refused`` says that all of so many updates were: a mean of ones may be a little less than one."""
+    return np.asarray(share) > 1 - 0.5 / max(updates, 1)
 
 
 def explain(agent: Agent, state: AgentState) -> str:

@@ -234,6 +234,11 @@ class OnlineAgent:
         """A copy of everything: the agent's state, the pending step, the counts."""
         return self._stepper.snapshot(self.state)
 
+    def live_run_state(self) -> RunState:
+        """As ``run_state``, not copied: the next call that learns uses its arrays up."""
+        self._stepper.store()
+        return self._saved_form(True)
+
     def restore(self, run: RunState) -> None:
         """Goes on exactly where the agent stopped whose ``run_state`` this is. The arrays are taken over, not copied."""
         self._stepper.restore(run)
@@ -243,8 +248,8 @@ class OnlineAgent:
 
         Args:
           path: the file.
-          replay: False leaves the replay out, which is most of the file. An agent that loads it fills a new one before it learns on, so it
-            does not go on exactly as this one would.
+          replay: False leaves the replay out, which is most of the file. An agent that loads it fills a new one before it learns on, and
+            the schedule of a prioritized replay's beta begins anew, so it does not go on exactly as this one would.
         """
         self._stepper.store()
         # The live state, not a copy of it: nothing is donated while it is written.
@@ -263,12 +268,11 @@ class OnlineAgent:
           dqn_jax.CheckpointError: if it is no checkpoint, is damaged, holds arrays of other shapes or dtypes than this agent has, or was
             saved with other options.
         """
-        info = checkpoint.read_info(path)
-        replay = info.get("replay", True)
+        replay = checkpoint.read_info(path).get("replay", True)
         try:
-            state, _ = checkpoint.load(path, self._saved_form(replay))
+            state, info = checkpoint.load(path, self._saved_form(replay))
         except checkpoint.CheckpointError as error:
-            saved, own = info.get("agent"), type(self).__name__
+            saved, own = checkpoint.read_info(path).get("agent"), type(self).__name__
             if saved in (None, own):
                 raise
             raise checkpoint.CheckpointError(

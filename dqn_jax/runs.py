@@ -24,6 +24,7 @@ from dqn_jax.presets.table import ALGORITHMS
 from dqn_jax.types import Agent
 
 COUNTS = {"t", "episodes", "n_updates", "replay_size"}  # Statistics of an agent that are no column of a learning curve.
+LARGEST_WORLD = 2**25  # Characters; it stands in a checkpoint's header, which must not be longer than 100 MB.
 CHUNKS = 100  # Points of the learning curve; progress is shown and an interrupt is heeded between them.
 
 
@@ -126,30 +127,43 @@ class HostRuns:
         return np.array([np.mean([play_greedily(agent.act, self._eval_env, seed) for seed in seeds]) for agent in self._agents])
 
     def state(self) -> Any:
-        """Everything, as one pytree."""
-        return [agent.run_state for agent in self._agents]
+        """Everything, as one pytree; until the next step."""
+        return [agent.live_run_state() for agent in self._agents]
 
     def world(self) -> Any:
         """The environments and the open episodes, as JSON values; None where they cannot be captured, ``lost`` then says why."""
         try:
-            return [env_state.encode(loop.position()) | {"env": env_state.capture(loop.env)} for loop in self._loops]
+            world = [env_state.encode(loop.position()) | {"env": env_state.capture(loop.env)} for loop in self._loops]
+            size = len(json.dumps(world))
+            self.lost = None if size <= LARGEST_WORLD else f"its state takes {size / 1e6:.0f} MB, more than {LARGEST_WORLD / 1e6:.0f}"
         except env_state.NotCapturable as error:
             self.lost = str(error)
-            return None
+        except Exception as error:  # Of an environment's own get_env_state, say: what was learnt is saved all the same.
+            self.lost = f"its state could not be read ({error!r})"
+        return world if self.lost is None else None
 
-    def restore(self, state: Any, steps: int, world: Any) -> None:
-        """Goes on from ``state``, exactly where it stopped; where the ``world`` was not captured, with new episodes."""
+    def restore(self, state: Any, steps: int, world: Any) -> str | None:
+        """Goes on from ``state``, exactly where it stopped; where the ``world`` was not captured or cannot be put back, with new episodes.
+
+        Returns:
+          Why the world could not be put back, or None.
+        """
         for agent, run in zip(self._agents, state, strict=True):
             agent.restore(run)
         self.steps = steps
-        if world is None:
+        failed = None
+        try:
+            for loop, saved in zip(self._loops, world or (), strict=world is not None):
+                env_state.restore(loop.env, saved.pop("env"))
+                loop.go_on(**env_state.decode(saved))
+        except Exception as error:  # Whatever the environment's own code raises.
+            failed = f"its state could not be put back ({error!r})"
+            self._envs = [self._make() for _ in self._envs]  # The old ones may stand half-way.
+        if world is None or failed:
             for agent in self._agents:
                 agent.stop_episode()
             self._begin()
-            return
-        for loop, saved in zip(self._loops, world, strict=True):
-            env_state.restore(loop.env, saved.pop("env"))
-            loop.go_on(**env_state.decode(saved))
+        return failed
 
     def learners(self) -> Any:
         """What the agents have learnt, stacked over seeds, as NumPy."""
@@ -166,6 +180,7 @@ class CompiledRuns:
         self.agent = ALGORITHMS[task.algo].build(self._env, **task.options)
         self._training = training.train(self.agent, self._env, num_steps=task.steps, num_envs=task.num_envs, history_length=CHUNKS)
         self._where = seeds.sharding(task.seeds)
+        self._refused = np.zeros(task.seeds, int)  # Updates refused without one that was not, for each seed.
         self._keys, self._eval_keys = (
             jax.device_put(jax.vmap(jax.random.key)(first + jnp.arange(task.seeds)), self._where)
             for first in (task.seed, task.seed + 10_000)
@@ -195,22 +210,29 @@ class CompiledRuns:
 
     def advance(self) -> list[dict[str, float]]:
         """One chunk. Returns a row of the learning curve for each seed."""
+        before = self.updates
         self._run, history = self._advance(self._run)
         columns = {name: np.asarray(values) for name, values in history.items() if name != "step"}
         preset = ALGORITHMS[self.task.algo]
         scheduled = preset.scheduled(self.steps, self.task.options)
-        self._require_learning(columns["refused"])
+        self._require_learning(columns["refused"], self.updates - before)
         if said := preset.complaint({name: float(np.mean(values)) for name, values in columns.items()}):
             warnings.warn(said, stacklevel=2)
         return [{**{name: float(values[i]) for name, values in columns.items()}, **scheduled} for i in range(self.task.seeds)]
 
-    def _require_learning(self, refused: np.ndarray) -> None:
-        """Raises if all updates of a chunk were refused for a seed."""
-        if (refused == 1.0).any():
-            seed = int(np.argmax(refused == 1.0))
-            why = finite.explain(self.agent, jax.tree.map(lambda leaf: leaf[seed], self._run.agent))
+    def _require_learning(self, refused: np.ndarray, updates: int) -> None:
+        """Raises if a seed's updates have all been refused, ``finite.PATIENCE`` of them or more, over whole points of the curve.
+
+        Args:
+          refused: the share of a point's updates that were refused, ``[seeds]``.
+          updates: of the point.
+        """
+        self._refused = np.where(finite.all_refused(refused, updates), self._refused + updates, 0)
+        if (self._refused >= finite.PATIENCE).any():
+            seed = int(np.argmax(self._refused))
+            why = finite.explain(self.agent, seeds.one_seed(self._run.agent, seed))
             raise finite.NonFiniteError(
-                f"seed {self.task.seed + seed}: all updates since the last point of the curve were refused, since loss or gradient were "
+                f"seed {self.task.seed + seed}: the last {self._refused[seed]:,} updates or more were refused, since loss or gradient were "
                 f"not finite; nothing was learnt from them. Of update {self.updates}:\n  {why}"
             )
 

@@ -22,7 +22,6 @@ from dqn_jax.staging import Ahead, Staging
 from dqn_jax.types import Agent, AgentState, RunState
 
 RECENT = 100  # Updates over which the statistics are averaged.
-PATIENCE = 20  # Calls that learn in a row whose updates may all be refused, because loss or gradient are not finite.
 
 # The state, and what must change together with it. Programs return learner, metrics and memory in this order.
 LEARNER, METRICS, MEMORY, UPDATES, STORED, STAGING = range(6)
@@ -147,18 +146,22 @@ class Stepper:
         noted = updates + self._cadence.updates, self.step, staging.emptied()
         self._swap(slice(LEARNER, None), noted, self._programs.learn, learner, memory, staging.arrays, draws, self._counts())
         self.recent.append(self._cell[METRICS])
-        if noted[0] // self._cadence.updates % PATIENCE == 0:
+        if noted[0] // self._cadence.updates % finite.PATIENCE == 0:
             self._require_learning()
 
     def _require_learning(self) -> None:
         """Raises if nothing has been learnt lately. To look waits for the device, so it is done once in a while."""
-        recent = list(self.recent)[-PATIENCE:]
-        # Not the newest: it may still be computed.
-        if len(recent) == PATIENCE and float(recent[-2]["refused"]) == 1.0 and all(float(one["refused"]) == 1.0 for one in recent):
+        recent = list(self.recent)[-finite.PATIENCE :]
+
+        def all_refused(metrics: Any) -> bool:
+            return bool(finite.all_refused(metrics["refused"], self._cadence.updates))
+
+        # Not the newest first: it may still be computed.
+        if len(recent) == finite.PATIENCE and all_refused(recent[-2]) and all(map(all_refused, recent)):
             why = finite.explain(self._agent, self.live_state())
             raise finite.NonFiniteError(
-                f"the updates of {PATIENCE} calls in a row were refused, since loss or gradient were not finite; nothing was learnt from "
-                f"them, and the agent can be used as before. Of update {self.updates}:\n  {why}"
+                f"the updates of {finite.PATIENCE} calls in a row were refused, since loss or gradient were not finite; nothing was learnt "
+                f"from them, and the agent can be used as before. Of update {self.updates}:\n  {why}"
             )
 
     def _swap(self, places: slice, noted: tuple[Any, ...], program: Callable[..., Any], *args: Any) -> None:

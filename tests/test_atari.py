@@ -254,7 +254,10 @@ def test_a_run_trains_resumes_evaluates_and_is_loaded(words, command, monkeypatc
     ("words", "message"),
     [
         (["ALE/Pnog-v5"], "Did you mean: `Pong`"),
-        (["PongNoFrameskip-v4"], "PongNoFrameskip-v4 is not preprocessed as agents need it (small grey pictures, in stacks): take ALE/Pong-v5"),
+        (
+            ["PongNoFrameskip-v4"],
+            "PongNoFrameskip-v4 is not preprocessed as agents need it (small grey pictures, in stacks): take ALE/Pong-v5",
+        ),
         (["SpaceInvaders-v0"], "take ALE/SpaceInvaders-v5"),
         (["ALE/Pong-v5", "--env-arg", "batch_size=3"], "ALE/Pong-v5 does not take batch_size: all games step together"),
         (["ALE/Pong-v5", "--env-arg", "life_loss_info=true"], "no true successor where a life is lost; episodic_life=true"),

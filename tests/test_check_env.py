@@ -156,3 +156,45 @@ def test_a_reset_mode_that_does_not_serve_is_found_with_the_argument_to_pass(mod
 def test_what_is_no_environment():
     (finding,) = check_env("CartPole-v1", show=False)
     assert finding.severity == "error" and "gymnasium.make" in finding.remedy
+
+
+class Picky(gymnasium.Env):
+    """Allows one action at a time, and raises at any other."""
+
+    observation_space = spaces.Dict({"observation": spaces.Box(-1, 1, (2,)), "action_mask": spaces.Box(0, 1, (3,), np.int8)})
+    action_space = spaces.Discrete(3)
+
+    def seen(self):
+        self.allowed = int(self.np_random.integers(3))
+        return {"observation": np.zeros(2, np.float32), "action_mask": np.eye(3, dtype=np.int8)[self.allowed]}
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.length = 0
+        return self.seen(), {}
+
+    def step(self, action):
+        if action != self.allowed:
+            raise RuntimeError(f"{action} is not allowed")
+        self.length += 1
+        return self.seen(), 1.0, self.length == 5 + self.allowed, False, {}
+
+
+def test_masks_are_heeded_in_vectors_too():
+    envs = gymnasium.vector.SyncVectorEnv([Picky] * 3, autoreset_mode=AutoresetMode.SAME_STEP)
+    assert [finding for finding in check_env(envs, show=False) if finding.severity == "error"] == []
+
+
+def test_what_raises_in_a_reset_or_in_jax_is_a_finding():
+    def broken(self, **words):
+        raise RuntimeError("no level")
+
+    envs = gymnasium.vector.SyncVectorEnv([type("Broken", (Picky,), {"reset": broken})], autoreset_mode=AutoresetMode.SAME_STEP)
+    cartpole = dqn_jax.make("phys2d/CartPole-v1")
+    for env, says in (
+        (envs, "reset(seed=...) raised RuntimeError: no level"),
+        (cartpole._replace(reset=broken), "reset raised"),
+        (cartpole._replace(step=broken), "step 1 raised"),
+    ):
+        (finding,) = check_env(env, show=False)
+        assert finding.severity == "error" and says in finding.problem

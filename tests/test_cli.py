@@ -335,10 +335,21 @@ def test_fork(finished, dqn_jax_command, summary_of, tmp_path):
     forked = json.loads((tmp_path / "other/summary.json").read_text())
     whole = json.loads((finished[0] / "summary.json").read_text())
     assert forked["seeds"] == whole["seeds"] and forked["updates"] > whole["updates"]
-    unchanged = summary_of("train", f"--fork={finished[0]}", "--name", "same", "--folder", tmp_path)
-    assert unchanged["state_sha256"] == whole["state_sha256"]
-    status, _, err = dqn_jax_command("train", "--fork", finished[0], "--hidden", 16, "--name", "wider", "--folder", tmp_path)
-    assert status == 2 and re.search(r"Dense_0.*\b8,?\).*\b16,?\)", err)
+    longer = summary_of("train", "--resume", tmp_path / "other", "--steps", STEPS + 300)
+    assert longer["updates"] > forked["updates"]
+    assert json.loads((tmp_path / "other/config.json").read_text())["forked_from"] == config["forked_from"]
+
+
+def test_a_fork_that_cannot_be_leaves_nothing_behind(finished, dqn_jax_command, tmp_path):
+    steps = json.loads((finished[0] / "summary.json").read_text())["steps"]
+    for words, says in (
+        ((), f"has made {steps:,} steps already: ask for more in all with --steps"),
+        (("--hidden", 16), r"Dense_0.*\b8,?\).*\b16,?\)"),
+        (("--seed", 5, "--steps", STEPS + 200), "leave out --seed"),
+    ):
+        status, _, err = dqn_jax_command("train", f"--fork={finished[0]}", *words, "--name", "other", "--folder", tmp_path)
+        assert status == 2 and re.search(says, err)
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_a_resumed_run_takes_no_options_of_its_own(finished, dqn_jax_command):

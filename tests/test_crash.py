@@ -39,25 +39,35 @@ def python(*args, **options):
     return subprocess.Popen([sys.executable, *map(str, args)], cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True, **options)
 
 
+def wait_for(condition, child):
+    """Waits until it holds, for as long as the child lives."""
+    while not condition():
+        assert child.poll() is None, "the child ended"
+        time.sleep(1e-4)
+
+
 @pytest.mark.parametrize("wanted", [1, pytest.param(50, marks=pytest.mark.slow)])
 def test_a_process_killed_while_it_saves_leaves_the_last_checkpoint(wanted, tmp_path):
-    path, chance, kills, inside, last = tmp_path / "state", random.Random(0), 0, 0, 0
-    while inside < wanted:
+    path, chance, kills, cut, last = tmp_path / "state", random.Random(0), 0, 0, 0
+    while cut < wanted:
+        assert kills < 20 * wanted, "hardly any kill falls into a write"
         child = python("-c", SAVING, path, last)
         first = child.stdout.readline()
         assert int(first) == last + 1
-        while not (tmp_path / "state.partial").exists():
-            pass
+        whole = path.stat().st_size
+        wait_for(lambda: list(tmp_path.glob("state.partial/*")), child)
         time.sleep(chance.uniform(0, 0.02))
         child.kill()
         kills += 1
         told = [int(line) for line in [first, *child.communicate()[0].split()]]
-        inside += (tmp_path / "state.partial").exists()
+        # Under another name, or shorter, as safetensors does it; a header may be a digit shorter anyway.
+        cut += any(file.name != "state" or file.stat().st_size < whole - 100 for file in tmp_path.glob("state.partial/*"))
         saved, info = checkpoint.load(path, state_of(0))
         last = info["step"]
         assert last in (told[-1], told[-1] + 1)  # It may have been killed between the save and the word of it.
         assert checkpoint.digest(saved) == checkpoint.digest(state_of(last))
-    print(f"{kills} kills, {inside} of them while the file was being written")
+        assert len(list(tmp_path.rglob("*"))) <= 3, "what killed saves leave does not pile up"
+    print(f"{kills} kills, {cut} of them while the file was being written")
 
 
 @pytest.mark.parametrize("env", ["CartPole-v1", "phys2d/CartPole-v1"])
@@ -69,10 +79,9 @@ def test_a_killed_run_resumes_and_ends_as_one_that_never_stopped(env, kills, tmp
     command = ["train", *words, "--name", "killed"]
     for _ in range(kills):
         child = python("-m", "dqn_jax.cli", *command, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 120
         before = mark(folder)
-        while mark(folder) == before and child.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.02)  # Until there is a checkpoint of its own.
+        while mark(folder) == before and child.poll() is None:
+            time.sleep(0.02)  # Until there is a checkpoint of its own; a quick one may have ended.
         time.sleep(chance.uniform(0, 0.5))
         child.kill()
         child.communicate()
@@ -101,15 +110,12 @@ def saved(tmp_path):
 def refused(path, data):
     path.write_bytes(data)
     for read in (lambda: checkpoint.load(path, SMALL), lambda: checkpoint.read_info(path)):
-        begin = time.perf_counter()
         try:
             read()
         except CheckpointError:
             pass
         else:
             return False
-        finally:
-            assert time.perf_counter() - begin < 1.0
     return True
 
 
@@ -140,7 +146,7 @@ def forged(manifest, tensors=None):
     """A file whose checksums are right, and whose manifest says this."""
     import hashlib
 
-    text = manifest if isinstance(manifest, str) else json.dumps(manifest)
+    text = manifest if isinstance(manifest, str) else json.dumps({"versions": {}, **manifest})
     header = {"format": checkpoint.FORMAT, "manifest": text, "manifest_sha256": hashlib.sha256(text.encode()).hexdigest()}
     return header, tensors or {"x": np.zeros(1, np.float32)}
 

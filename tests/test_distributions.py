@@ -52,7 +52,7 @@ def test_tanh_normal_equals_the_oracle_up_to_the_edges(transform):
     u, expected_action, expected = tanh_normal_oracle(outputs, noise)
     assert u.min() < -19.9 and u.max() > 19.9 and np.abs(u).min() < 1e-5
     assert (np.abs(action) <= 1).all()
-    assert (np.abs(action[np.abs(u) > 12]) == 1).all()  # rounded: from the action alone the density could not be had
+    assert (np.abs(action[np.abs(u) > 12]) > 1 - 3e-7).all()  # 1 but for rounding: from the action alone the density could not be had
     # An error of float32 in u, 1e-7 of up to 30 before cancelling, is one of twice that in the logarithm.
     np.testing.assert_allclose(action, expected_action, rtol=0, atol=3e-6)
     np.testing.assert_allclose(log_prob, expected[:, 0], rtol=1e-6, atol=1e-5)

@@ -19,10 +19,28 @@ def read(path):
 # Less work than a reader is shown, so that tests end sooner: what stands in a notebook, and what instead. Behind the marker all of it runs.
 LESS = {
     "01_quickstart": {"12_001": "2_001", "num_steps=4_000": "num_steps=1_500", "jax.random.key(0), 64)": "jax.random.key(0), 8)"},
-    "02_replay": {"num_steps=40_000, num_seeds=16": "num_steps=4_000, num_seeds=4", "num_steps=10_000": "num_steps=4_000"},
+    "02_replay": {
+        "num_steps=40_000, num_seeds=16": "num_steps=4_000, num_seeds=4",
+        "for n in (1, 3, 10):": "for n in (3,):",
+        "num_steps=10_000": "num_steps=4_000",
+    },
+    "03_accelerator_benchmark": {
+        '"counts": (1, 8, 64)': '"counts": (1, 4)',
+        "latency.show(latency.measure(quick=not FULL))": "latency.show, latency.measure",  # Tested as sections of the benchmark.
+        "roofline.show(roofline.measure(quick=not FULL))": "roofline.show, roofline.measure",
+    },
     "04_continuous_control": {"range(6_000)": "range(1_400)", "num_steps=100_000": "num_steps=16_000"},
-    "05_exploration": {"SIZE, 4_000, kind": "SIZE, 640, kind", "60, 3_000, kind": "60, 320, kind", "range(2_000)": "range(600)"},
-    "06_rainbow": {"num_steps=12_000": "num_steps=1_500", "num_steps=8_000": "num_steps=1_500", "range(4_000)": "range(500)"},
+    "05_exploration": {
+        "SIZE, 4_000, kind": "SIZE, 640, kind",
+        '60, 3_000, kind) for kind in ("off", "rnd", "snd-vic")': '60, 320, kind) for kind in ("off",)',
+        "range(2_000)": "range(600)",
+    },
+    "06_rainbow": {
+        "num_steps=12_000": "num_steps=1_500",
+        "runs = {name: learn(options) for name, options in PARTS.items()}": 'runs = dict.fromkeys(PARTS, learn(PARTS["Rainbow"]))',
+        "num_steps=8_000": "num_steps=1_500",
+        "range(4_000)": "range(500)",
+    },
 }
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 
+import chex
 import gymnasium
 import jax
 import jax.numpy as jnp
@@ -236,9 +237,11 @@ def test_target_refresh_follows_the_update_that_crosses_the_interval(as_new):
             agent.act_and_train(see(number), 1.0)
             number += 1
             state = agent.state
-            params, now = dqn_jax.digest(state.learner.params), dqn_jax.digest(state.learner.target_params)
+            now = dqn_jax.digest(state.learner.target_params)
             crossed = int(state.updates) > updates and int(state.step) // 8 > learnt_at // 8
-            assert now == (params if crossed else target), (length, step)
+            assert (now != target) == crossed, (length, step)
+            if crossed:  # Not to the last bit where XLA computes the same number twice.
+                chex.assert_trees_all_close(state.learner.target_params, state.learner.params, rtol=1e-6)
             if int(state.updates) > updates:
                 learnt_at = int(state.step)
             refreshes += crossed

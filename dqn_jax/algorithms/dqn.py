@@ -185,7 +185,8 @@ def dqn(
         inputs = head.draw(key_inputs, batch.transition.action.shape[0])
         gradient = jax.value_and_grad(batch_loss, has_aux=True)
         (value, (priority, metrics)), grads = gradient(learner.params, learner.target_params, batch, layers, inputs)
-        sound = finite.is_sound(value, grads)
+        changes, _ = optimizer.update(grads, learner.opt_state, learner.params)  # It may divide by nothing.
+        sound = finite.is_sound(value, grads) & finite.all_finite(changes)
         learner = finite.learn_if(sound, lambda learner: descended(learner, grads, step), learner)
         return learner, Feedback(priority, {"loss": value, **metrics}, sound, grads)
 

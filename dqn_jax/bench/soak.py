@@ -23,7 +23,7 @@ from dqn_jax.presets.dqn import DQN
 from dqn_jax.programs import compute_inline
 
 SETTLING = 5  # Samples that are left out: meanwhile the replay fills.
-MB_PER_HOUR, TIME_PER_HOUR = 5.0, 0.05  # More growth than this is called a leak, and a slowdown by more than this share.
+MB_PER_HOUR, MORE_ARRAYS, TIME_PER_HOUR = 5.0, 10, 0.05  # More than this is called a leak, and a slowdown by more than this share.
 ASKED_EVERY = 10_000  # Steps between two questions for the statistics.
 
 
@@ -95,7 +95,7 @@ def judge(samples: list[dict[str, float]], every: float) -> dict[str, Any]:
 
     Returns:
       ``mb_per_hour``, ``mb_range`` (highest less lowest), ``time_per_hour`` (growth of the processor's time for a step, as a share of its
-      median), ``arrays`` (fewest and most alive), and ``leaks`` and ``slows``: what is more than ``MB_PER_HOUR``, by arrays or by bytes,
+      median), ``arrays`` (fewest and most alive), and ``leaks`` and ``slows``: what is more than ``MB_PER_HOUR`` or ``MORE_ARRAYS``,
       and ``TIME_PER_HOUR``.
 
     Raises:
@@ -112,7 +112,7 @@ def judge(samples: list[dict[str, float]], every: float) -> dict[str, Any]:
         "mb_range": max(resident) - min(resident),
         "time_per_hour": slowdown / float(np.median(processor)),
         "arrays": [min(arrays), max(arrays)],
-        "leaks": growth > MB_PER_HOUR or slope(arrays) * 3600 / every > len(arrays),
+        "leaks": growth > MB_PER_HOUR or max(arrays) - min(arrays) > MORE_ARRAYS,
         "slows": slowdown > TIME_PER_HOUR * float(np.median(processor)),
     }
 
