@@ -63,6 +63,8 @@ def test_updates_of_sac_are_timed_and_what_is_timed_plays(monkeypatch, capsys):
     monkeypatch.setattr(policies, "_others", lambda package: policies.Sac(policies._ours_updater, policies._ours_learn))
     monkeypatch.setattr(policies, "SAC_BATCH", 8)
     result = policies.measure_sac(repeats=2, torch_threads=1, quick=True)
+    products = result.pop(policies.PRODUCTS)
+    assert products["update_ms"]["min"] > 0 and "return" not in products
     assert {"ours"} <= set(result) <= {"ours", "SB3", "SBX"}
     for one in result.values():
         assert one["update_ms"]["min"] > 0 and -2_000 < one["return"] < 0

@@ -2,13 +2,15 @@
 
 PPO: environments and learning compiled whole, beside a loop of our own writing in the style of PureJaxRL's ppo and, where it is installed,
 rejax's, on the same environments and network, with as many updates. SAC: updates from a filled replay, beside SB3 and SBX where they are
-installed, and the return of a short run on Pendulum-v1, to show that what is timed learns. Contenders take turns, compilation is apart,
+installed and beside the matrix products that all of them need, and the return of a short run on Pendulum-v1, to show that what is timed
+learns. Contenders take turns, compilation is apart,
 medians and ranges are over the rounds.
 """
 
 import dataclasses
 import importlib
 import importlib.util
+import itertools
 import sys
 import time
 from collections.abc import Callable
@@ -44,6 +46,7 @@ QUICK_WORKS: tuple[tuple[str, dict[str, Any], int, int], ...] = (("phys2d/CartPo
 SAC_SHAPE = (17, 6)  # Numbers in an observation and in an action, as in HalfCheetah.
 SAC_BATCH, SAC_ROWS = 256, 10_000
 LEARN_STEPS = 5_000
+PRODUCTS = "the update's matrix products alone"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,6 +208,34 @@ def _others(package: str) -> Sac:
     return Sac(updater, learn)
 
 
+def _products() -> Callable[[int], Any]:
+    """The matrix products of an update and nothing else: what any SAC with these networks has to compute. Returns a function that makes
+    those of so many updates.
+    """
+    seen, chosen = SAC_SHAPE
+    actor, critic = itertools.pairwise((seen, 256, 256, 2 * chosen)), itertools.pairwise((seen + chosen, 256, 256, 1))
+    shapes: list[tuple[int, int, int]] = []  # Rows, inner length, columns.
+    for layer, (k, n) in enumerate(actor):
+        # Of the successor and of the observation; backwards once, to the weights and, above the first layer, to the layer's input.
+        shapes += 2 * [(SAC_BATCH, k, n)] + [(k, SAC_BATCH, n)] + (layer > 0) * [(SAC_BATCH, n, k)]
+    for layer, (k, n) in enumerate(critic):
+        # Two critics: of their targets, their own loss and the actor's; backwards in their own, and through them to the action in its.
+        shapes += 2 * (3 * [(SAC_BATCH, k, n)] + [(k, SAC_BATCH, n)] + (1 + (layer > 0)) * [(SAC_BATCH, n, k)])
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    # Two left sides by turns, or XLA would take the products out of the loop.
+    pairs = [
+        (jax.random.normal(key, (2, rows, inner)), jax.random.normal(key, (inner, columns)))
+        for key, (rows, inner, columns) in zip(keys, shapes, strict=True)
+    ]
+
+    @jax.jit
+    def multiply(pairs: Any, number: chex.Array) -> Any:
+        nothing = [jnp.zeros((left.shape[1], right.shape[1])) for left, right in pairs]
+        return jax.lax.fori_loop(0, number, lambda i, _: [left[i % 2] @ right for left, right in pairs], nothing)
+
+    return lambda number: jax.block_until_ready(multiply(pairs, jnp.asarray(number)))
+
+
 def measure_sac(repeats: int, torch_threads: int, quick: bool) -> dict[str, Any]:
     """Milliseconds of an update, and greedy returns after a short run on Pendulum-v1."""
     contenders = {"ours": Sac(_ours_updater, _ours_learn)}
@@ -219,6 +250,7 @@ def measure_sac(repeats: int, torch_threads: int, quick: bool) -> dict[str, Any]
         torch.set_num_threads(torch_threads)
     updates, learn_steps, episodes = (5, 600, 1) if quick else (100, LEARN_STEPS, 20)
     calls = {name: contender.updater(300 if quick else SAC_ROWS) for name, contender in contenders.items()}
+    calls[PRODUCTS] = _products(), lambda: (repeats + 1) * updates
     for make_updates, _ in calls.values():
         make_updates(updates)  # Compiles.
     milliseconds: dict[str, list[float]] = {name: [] for name in calls}
@@ -231,9 +263,10 @@ def measure_sac(repeats: int, torch_threads: int, quick: bool) -> dict[str, Any]
     if {*made.values()} != {(repeats + 1) * updates}:
         raise RuntimeError(f"the contenders did not make the same updates: {made}")
     result: dict[str, Any] = {}
-    for name, contender in contenders.items():
+    for name in calls:
         result[name] = {"update_ms": report.spread(milliseconds[name]), "updates": made[name], "learn_steps": learn_steps}
         result[name]["ratio"] = report.spread([b / a for a, b in zip(milliseconds["ours"], milliseconds[name], strict=True)])
+    for name, contender in contenders.items():
         choose = contender.learn(learn_steps, 0)
         result[name]["return"] = float(
             np.mean([play_greedily(choose, gymnasium.make("Pendulum-v1"), 100 + episode) for episode in range(episodes)])
@@ -241,7 +274,7 @@ def measure_sac(repeats: int, torch_threads: int, quick: bool) -> dict[str, Any]
     rows = []
     for name, one in result.items():
         ratio = report.ranged(one["ratio"], ".2f") if name != "ours" else "1"
-        rows.append((name, report.ranged(one["update_ms"], ".2f"), f"{one['return']:.0f}", ratio))
+        rows.append((name, report.ranged(one["update_ms"], ".2f"), f"{one['return']:.0f}" if "return" in one else "none", ratio))
     title = (
         f"SAC, 2x256, batch {SAC_BATCH}, {SAC_SHAPE[0]} and {SAC_SHAPE[1]} numbers, {updates} updates a call; SB3 on {torch_threads} "
         f"thread{'s'[: torch_threads > 1]}; return: Pendulum-v1 after {learn_steps:,} steps, {episodes} episode{'s'[: episodes > 1]}"
