@@ -71,11 +71,14 @@ class _Writer:
     def __init__(self) -> None:
         self.seen: dict[int, int] = {}
         self.kept: list[Any] = []  # So that no number of an object is given to another one meanwhile.
+        self.arrays: dict[int, list[np.ndarray]] = collections.defaultdict(list)  # By whose memory they are in.
 
     def forget(self, count: int) -> None:
         """Takes back what was written after the first ``count`` things."""
         for thing in self.kept[count:]:
             del self.seen[id(thing)]
+            if isinstance(thing, np.ndarray):
+                self.arrays[_owner(thing)].pop()
         del self.kept[count:]
 
     def value(self, value: Any, name: str) -> Any:
@@ -85,8 +88,10 @@ class _Writer:
             return {"kind": "again", "value": self.seen[id(value)]}
         if isinstance(value, np.generic):
             return {"kind": "scalar", **_array(np.asarray(value))}
-        if isinstance(value, np.ndarray) and any(isinstance(one, np.ndarray) and np.may_share_memory(one, value) for one in self.kept):
-            raise NotCapturable(f"{name} shares memory with another array, which would be two arrays afterwards")
+        if isinstance(value, np.ndarray):
+            if any(np.may_share_memory(one, value) for one in self.arrays[_owner(value)]):
+                raise NotCapturable(f"{name} shares memory with another array, which would be two arrays afterwards")
+            self.arrays[_owner(value)].append(value)
         self.seen[id(value)] = len(self.seen)
         self.kept.append(value)
         return {"number": self.seen[id(value)], **self.thing(value, name)}
@@ -229,6 +234,14 @@ def _is_python(thing: Any) -> bool:
     slots = {slot for base in kind.__mro__ for slot in vars(base).get("__slots__", ())}
     plain = type(kind) in (type, abc.ABCMeta) and hasattr(thing, "__dict__") and not isinstance(thing, CONTAINERS)
     return plain and kind.__basicsize__ <= _Plain.__basicsize__ and slots <= {"__dict__", "__weakref__"}
+
+
+def _owner(array: np.ndarray) -> int:
+    """A number for whatever holds the array's memory."""
+    owner: Any = array
+    while isinstance(owner, np.ndarray) and owner.base is not None:
+        owner = owner.base
+    return id(owner)
 
 
 def _name_of(code: Any) -> str:

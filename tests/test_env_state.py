@@ -183,10 +183,10 @@ def test_what_cannot_be_read_is_named(name):
 
 def test_a_window_is_passed_over_and_what_follows_it_is_not():
     env = Written(dict, counted)
-    shared = [1]
-    env.screen, env.later = [shared, memoryview(b"")], shared  # The first is written before the second shows that it cannot be.
+    shared, numbers = [1], np.arange(3)
+    env.screen, env.later = [shared, numbers, memoryview(b"")], [shared, numbers]  # The first two are written before the third cannot be.
     other = in_another(lambda: env, env)
-    assert other.later == [1]
+    assert other.later[0] == [1] and other.later[1].tolist() == [0, 1, 2]
 
 
 def test_code_that_was_another_is_noticed():
