@@ -19,6 +19,7 @@ from dqn_jax.presets.table import ALGORITHMS
 from dqn_jax.types import Env, Masked
 
 LARGE_REWARD, LARGE_OBSERVATION = 1e4, 1e3
+SUSPECT = 0.2  # Share of episodes that are terminated at the same step, the last of all, from which on it looks like a time limit.
 FAMILIES = ("dqn", "pqn", "ppo", "sac")  # One of each kind; what serves DQN serves its family.
 
 
@@ -95,7 +96,7 @@ def _findings(env: Any, steps: int, seed: int) -> Iterator[Finding]:
         whole: Any
         for whole, new in zip(played, seen, strict=True):
             whole.extend(new)
-    for judge in (_rewards, _magnitudes, _ends):
+    for judge in (_rewards, _magnitudes, _bounds, _ends):
         yield from judge(played, env)
     if num_envs is None and isinstance(env, gymnasium.Env):
         yield from _repeats(env, seed)
@@ -276,6 +277,31 @@ def _magnitudes(played: Played, env: Any) -> Iterator[Finding]:
             )
 
 
+def _bounds(played: Played, env: Any) -> Iterator[Finding]:
+    space = getattr(env, "single_observation_space", env.observation_space)
+    outside = [name for observation in played.observations for name in _outside(space, observation)]
+    for name in dict.fromkeys(outside):
+        yield Finding(
+            "warning",
+            f"observations{name} leave their space in {outside.count(name):,} of {len(played.observations):,} steps",
+            "widen its bounds (infinite ones will do) or clip: whoever scales by the bounds is misled",
+        )
+
+
+def _outside(space: gymnasium.Space, observation: Any, name: str = "") -> Iterator[str]:
+    """The names of the leaves that are beyond the bounds of a space, in any environment."""
+    if isinstance(observation, Masked):
+        yield from _outside(space["observation"] if isinstance(space, gymnasium.spaces.Dict) else space, observation.observation, name)
+    elif isinstance(space, gymnasium.spaces.Dict):
+        for key, part in space.spaces.items():
+            yield from _outside(part, observation[key], f"{name}[{key!r}]")
+    elif isinstance(space, gymnasium.spaces.Tuple):
+        for i, part in enumerate(space.spaces):
+            yield from _outside(part, observation[i], f"{name}[{i}]")
+    elif isinstance(space, gymnasium.spaces.Box) and (np.less(observation, space.low).any() or np.greater(observation, space.high).any()):
+        yield name
+
+
 def _sizes(observations: list[Any]) -> dict[str, float]:
     """The largest magnitude in each leaf of floats."""
     sizes: dict[str, float] = {}
@@ -297,15 +323,17 @@ def _ends(played: Played, env: Any) -> Iterator[Finding]:
             f"no episode ended within {len(played.rewards):,} steps, and there is no time limit",
             "wrap it in gymnasium.wrappers.TimeLimit, or give more steps to check_env",
         )
-    lengths = {length for length, _ in ended}
-    if len(ended) >= 3 and len(lengths) == 1 and {end for _, end in ended} == {"terminated"} and lengths != {1}:
+    longest = max((length for length, _ in ended), default=0)
+    there = [end for length, end in ended if length == longest]
+    suspect = longest > 1 and len(there) >= max(3, SUSPECT * len(ended)) and set(there) == {"terminated"}
+    if suspect:
         yield Finding(
             "warning",
-            f"all {len(ended)} episodes were terminated after exactly {ended[0][0]} steps",
+            f"{len(there)} of {len(ended)} episodes were terminated after exactly {longest} steps, and none was longer",
             "if that is a time limit, return it as truncated: the value of a state does not end because the clock does",
         )
     both = limit is not None and any(end == "terminated" and length == limit for length, end in ended)
-    if both and not (len(ended) >= 3 and len(lengths) == 1):
+    if both and not suspect:
         yield Finding(
             "warning", f"an episode was terminated at the time limit of {limit} steps", "if that is the limit's doing, return truncated"
         )

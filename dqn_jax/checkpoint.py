@@ -30,6 +30,10 @@ class CheckpointError(ValueError):
     """The file is not a checkpoint, is damaged, or does not fit the state that it should restore."""
 
 
+class MisfitError(CheckpointError):
+    """The file is sound, and not of the state that it should restore."""
+
+
 def save(path: str | os.PathLike, tree: chex.ArrayTree, info: dict[str, Any] | None = None) -> None:
     """Writes every leaf of ``tree`` to ``path``, atomically: a reader finds the old file or the new one, never a part.
 
@@ -39,9 +43,12 @@ def save(path: str | os.PathLike, tree: chex.ArrayTree, info: dict[str, Any] | N
       info: a dict of JSON values to keep beside it.
 
     Raises:
-      OSError: if it cannot be written, on a full disk for example; the file that was there before is whole.
+      OSError: if it cannot be written, on a full disk for example; the file that was there before is whole. Also where the path is that
+        of a folder or a device.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # A link stays, and what it leads to is replaced.
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is there and is no file: give the path of a new file, or of a checkpoint to replace")
     path.parent.mkdir(parents=True, exist_ok=True)
     leaves = _host_leaves(tree)
     manifest = json.dumps(
@@ -59,7 +66,10 @@ def save(path: str | os.PathLike, tree: chex.ArrayTree, info: dict[str, Any] | N
     discard(partial)
     try:
         partial.mkdir()
+        (partial / "state").touch()
+        mode = (partial / "state").stat().st_mode  # As of any new file; safetensors makes one that only its owner may read.
         save_file({name: _storable(leaf) for name, (_, leaf) in leaves.items()}, partial / "state", metadata=header)
+        os.chmod(partial / "state", mode)
         _sync(partial / "state")
         os.replace(partial / "state", path)
         _sync(path.parent)
@@ -81,16 +91,15 @@ def load(path: str | os.PathLike, template: chex.ArrayTree) -> tuple[Any, dict[s
 
     Raises:
       FileNotFoundError: if there is no such file.
-      CheckpointError: if it is not a checkpoint, does not fit the template (every difference is listed), or is damaged.
+      MisfitError: if it does not fit the template; every difference is listed.
+      CheckpointError: if it is not a checkpoint, or is damaged.
     """
     expected = _forms(template)
     with _opened(path) as file:  # Once: a save may put another file under the name meanwhile.
         manifest = _manifest(path, file)
         if problems := _differences(manifest["leaves"], expected):
-            told = {name: value for name, value in manifest["info"].items() if name != "world"}
-            raise CheckpointError(
-                f"{path} does not fit this agent; build the agent with the spaces and the options it was saved with (beside it stands "
-                f"{told}):\n  {problems}"
+            raise MisfitError(
+                f"{path} does not fit this agent; build the agent with the spaces and the options it was saved with:\n  {problems}"
             )
         try:
             leaves = {name: (dtype, _stored(file.get_tensor(name), dtype)) for name, (_, dtype) in expected.items()}

@@ -75,9 +75,10 @@ class Train:
     resume: Path | None = None
     """A run's folder: go on from its last checkpoint, with its options; only --steps, --rollback and --json may stand beside it."""
     rollback: bool = False
-    """With --resume: go on from the checkpoint before the last."""
+    """With --resume: go on from the checkpoint before the last, which takes its place. With --fork: begin with that one."""
     fork: Path | None = None
-    """A run's folder: begin a new run with its last state and its options, but for those given."""
+    """A run's folder: begin a new run with its last state and its options, but for those given. What gives arrays another shape (hidden,
+    capacity, num-envs ...) cannot change."""
     json: bool = False
     """Print the summary as the last line of standard output, one JSON object."""
 
@@ -150,7 +151,8 @@ def main(args: list[str] | None = None) -> None:
     try:
         summary = _train(command) if isinstance(command, Train) else _eval(command) if isinstance(command, Eval) else _bench(command)
     except ERRORS as error:
-        say(f"error: {error}{_hint(command)}" if isinstance(error, gymnasium.error.Error) else f"error: {error}")
+        hint = _hint(command) if isinstance(error, gymnasium.error.Error) else ""
+        say("\n  ".join([f"error: {error}{hint}", *getattr(error, "__notes__", ())]))
         sys.exit(2)
     except KeyboardInterrupt:
         say("interrupted")
@@ -208,8 +210,8 @@ def _require_own_flags(args: list[str], command: Any) -> None:
         raise ValueError(
             f"--resume goes on with the run's own options: leave out {', '.join(others)}, or begin a new run from its state with --fork"
         )
-    if "--rollback" in flags and "--resume" not in flags:
-        raise ValueError("--rollback goes with --resume RUN")
+    if "--rollback" in flags and not {"--resume", "--fork"} & {*flags}:
+        raise ValueError("--rollback goes with --resume RUN or --fork RUN")
     if "--fork" in flags and (sets := [flag for flag in flags if flag in ("--algo", "--preset")]):
         raise ValueError(f"--fork begins with the options of its run: leave out {' and '.join(sets)}, and give single options")
     if "--fork" in flags and "--seed" in flags:

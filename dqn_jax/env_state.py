@@ -4,7 +4,8 @@ No environment is pickled, since to unpickle is to run what a file says. Its att
 numbers, words, arrays, containers of them, random generators, and objects made of these. Of code, and of MuJoCo's models, it is only noted
 which they are. Anything else, a simulator written in C++ say, is refused by name, so that nothing is left out in silence; MuJoCo's state is
 read by its own functions. An environment that knows better offers ``get_env_state() -> state`` and ``set_env_state(state)``, of the same
-kinds of data.
+kinds of data; that is then all that is read of it, wrappers apart. What is not in attributes is not seen: variables of modules, global
+generators, what functions close over.
 """
 
 import abc

@@ -37,7 +37,7 @@ def train(task: Task, folder: Path, *, resume: bool = False, rollback: bool = Fa
       task: what to run.
       folder: of the run.
       resume: go on from the folder's last checkpoint.
-      rollback: go on from the checkpoint before the last instead, which is then gone.
+      rollback: go on from the checkpoint before the last instead, which then takes the place of the last; of a run to fork, begin there.
       fork: the folder of another run, whose last state this new one begins with; its options may differ where the state still fits.
 
     Returns:
@@ -50,7 +50,7 @@ def train(task: Task, folder: Path, *, resume: bool = False, rollback: bool = Fa
       FileNotFoundError, dqn_jax.CheckpointError: if there is nothing sound to resume from.
     """
     if not resume:
-        _require_counts(task)
+        _require_counts(task, fork is None)
     say(describe_device())
     if not resume and (folder / "config.json").exists():
         raise FileExistsError(f"{folder} holds a run: choose another --name, or go on with --resume {folder}")
@@ -64,7 +64,7 @@ def train(task: Task, folder: Path, *, resume: bool = False, rollback: bool = Fa
     if resume:
         origin = log.restore(runs, rollback)
     elif fork is not None:
-        origin = log.begin_with(runs, fork)
+        origin = log.begin_with(runs, fork, rollback)
     # What is bad has ended above, before anything is written.
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "config.json", task._asdict() | origin)
@@ -105,9 +105,13 @@ def _loop(task: Task, runs: HostRuns | CompiledRuns, log: "Log") -> tuple[float,
                 bar.update(runs.steps - before)
                 if due or log.age() > SAVE_EVERY:
                     log.save(runs, whole)
-        finally:
+        except BaseException:  # Of the environment, say: nothing that was learnt is lost.
             if runs.steps > first:
-                log.save(runs, whole)  # Also when an environment raised: nothing that was learnt is lost.
+                log.save(runs, whole)
+                say(f"\nsaved at step {runs.steps:,}: --resume {log.folder} goes on from there, with --rollback from the checkpoint before")
+            raise
+        if runs.steps > first:
+            log.save(runs, whole)
     return seconds, interrupted()
 
 
@@ -122,6 +126,7 @@ class Log:
         self._best_learners: Any = None
         self._saved: int | None = None  # Steps of the last checkpoint, where it is whole.
         self._saved_at = time.perf_counter()
+        self._told = False  # That the environment is not saved.
 
     def add(self, runs: HostRuns | CompiledRuns, curve: list[dict[str, float]], evaluated: np.ndarray | None) -> None:
         """One chunk's rows, one for each seed, and its evaluation, if there was one."""
@@ -149,10 +154,10 @@ class Log:
     def latest(self) -> dict[str, str]:
         """What the progress bar shows: means over the seeds of the newest rows."""
         newest = self.rows[-self.task.seeds :]
-        shown = {name: [row.get(name, math.nan) for row in newest] for name in ("return", "loss", "epsilon")}
+        shown = {name: [row.get(name, math.nan) for row in newest] for name in ("return", "loss", "epsilon", "refused")}
         evaluated = [row["eval_return"] for row in self.rows if not math.isnan(row["eval_return"])][-self.task.seeds :]
         means = {name: _mean(values) for name, values in {**shown, "eval": evaluated}.items()}
-        return {name: f"{value:.3g}" for name, value in means.items() if not math.isnan(value)}
+        return {name: f"{value:.3g}" for name, value in means.items() if not math.isnan(value) and (name != "refused" or value > 0)}
 
     def age(self) -> float:
         """Seconds since the last checkpoint, or the beginning."""
@@ -184,6 +189,9 @@ class Log:
                 shutil.copyfile(last, second)
             os.replace(second, self.folder / "previous.safetensors")
         world = runs.world() if whole else None
+        if runs.lost and not self._told:
+            self._told = True
+            say(f"\nwarning: the environment cannot be saved, and a resumed run will begin new episodes: {runs.lost}")
         info = {"steps": runs.steps, "task": self.task._asdict(), "world": world, "lost": runs.lost}
         checkpoint.save(last, runs.state(), info)
         self._saved = runs.steps if whole else None
@@ -195,15 +203,17 @@ class Log:
         """
         for partial in self.folder.glob("*.partial"):  # Of saves that were killed.
             checkpoint.discard(partial)
-        last, previous = self.folder / "last.safetensors", self.folder / "previous.safetensors"
-        try:
-            info = _restore(runs, previous if rollback else last)
-        except (checkpoint.CheckpointError, FileNotFoundError) as error:
-            if rollback or not previous.exists():
-                raise
-            raise type(error)(f"{error}\nthe checkpoint before it is there: --resume {self.folder} --rollback goes on from that") from error
+        info = _restore(runs, self.folder, rollback)
+        if self.task.steps < min(runs.steps, info["task"]["steps"]):
+            raise ValueError(f"{self.folder} has made {runs.steps:,} steps already: ask for as many in all, or more, with --steps")
+        own = self.task._replace(steps=info["task"]["steps"])._asdict()
+        if changed := _changes(info["task"], own):
+            raise ValueError(
+                f"{self.folder / 'config.json'} says something else than the checkpoint: {'; '.join(changed)}; put that right, or begin a "
+                "new run with --fork"
+            )
         if rollback:
-            os.replace(previous, last)
+            os.replace(self.folder / "previous.safetensors", self.folder / "last.safetensors")
             say(f"rolled back to step {info['steps']:,}")
         self.rows = self._read_rows(info["steps"])
         if (self.folder / "best.safetensors").exists():
@@ -215,9 +225,9 @@ class Log:
         config = json.loads((self.folder / "config.json").read_text())
         return {name: value for name, value in config.items() if name not in Task._fields}
 
-    def begin_with(self, runs: HostRuns | CompiledRuns, other: Path) -> dict[str, Any]:
-        """Puts the last checkpoint of another run into ``runs``. Returns what ``config.json`` is to say about that."""
-        info = _restore(runs, other / "last.safetensors")
+    def begin_with(self, runs: HostRuns | CompiledRuns, other: Path, rollback: bool) -> dict[str, Any]:
+        """Puts the last checkpoint of another run, or the one before it, into ``runs``. Returns what ``config.json`` is to say of that."""
+        info = _restore(runs, other, rollback)
         if runs.steps >= self.task.steps:
             raise ValueError(f"{other} has made {runs.steps:,} steps already: ask for more in all with --steps")
         changed = _changes(info["task"], self.task._asdict())
@@ -245,9 +255,20 @@ class Log:
         return means
 
 
-def _restore(runs: HostRuns | CompiledRuns, path: Path) -> dict[str, Any]:
-    """Puts a checkpoint into ``runs``. Returns what is told beside it."""
-    state, info = checkpoint.load(path, runs.state())
+def _restore(runs: HostRuns | CompiledRuns, folder: Path, rollback: bool) -> dict[str, Any]:
+    """Puts the last checkpoint of a folder, or the one before it, into ``runs``. Returns what is told beside it."""
+    previous = folder / "previous.safetensors"
+    path = previous if rollback else folder / "last.safetensors"
+    try:
+        state, info = checkpoint.load(path, runs.state())
+    except checkpoint.MisfitError as error:
+        changed = _changes(checkpoint.read_info(path)["task"], runs.task._asdict())
+        told = f"\nnot every option can change; these do: {'; '.join(changed)}" if changed else ""
+        raise checkpoint.CheckpointError(f"{error}{told}") from error
+    except (checkpoint.CheckpointError, FileNotFoundError) as error:
+        if rollback or not previous.exists():
+            raise
+        raise type(error)(f"{error}\nthe checkpoint before it is there: add --rollback to begin with that") from error
     if others := checkpoint.other_versions(path):
         say(f"this may differ in the last bits from a run that never stopped: {', '.join(others)}")
     world, lost = info["world"], None
@@ -379,11 +400,14 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _require_counts(task: Task) -> None:
+def _require_counts(task: Task, begins: bool) -> None:
+    """Raises ValueError on counts that make no sense; where a run ``begins`` anew, also where it would end before it learns."""
     lowest = {"steps": 1, "seeds": 1, "num_envs": 1, "eval_episodes": 1, "seed": 0}
     for name, low in lowest.items():
         if getattr(task, name) < low:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(task, name)}")
+    if not begins:
+        return
     if task.steps <= task.options.get("replay_start_size", 0):
         raise ValueError(
             f"--steps {task.steps} end before learning starts: ask for more than --replay-start-size {task.options['replay_start_size']}, "

@@ -17,6 +17,7 @@ from dqn_jax.types import Agent, AgentState
 # Up to here a choice between old and new costs less than a branch, and one long vector less than several. Beyond it a choice would keep
 # both alive, and so copy what an update could have written in place.
 SMALL = 50_000
+TOO_LARGE = 1e15  # No network that learns has such numbers, and products of a few are infinite.
 PATIENCE = 20  # Calls that learn, or updates of a compiled run, that may be refused in a row.
 
 
@@ -41,7 +42,7 @@ def _vectors(tree: chex.ArrayTree) -> list[chex.Array]:
     """The floats of the tree, where they are few as one vector. Products of vectors, which they are for, are what XLA reduces on a CPU with
     more than one number at a time.
     """
-    leaves = [leaf.ravel() for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    leaves = [leaf.ravel() for leaf in jax.tree.leaves(tree) if _is_float(leaf)]
     return [jnp.concatenate(leaves)] if 0 < sum(leaf.size for leaf in leaves) <= SMALL else leaves
 
 
@@ -94,12 +95,17 @@ def explain(agent: Agent, state: AgentState) -> str:
     if tops and np.isfinite(list(tops.values())).all():
         name = max(tops, key=tops.__getitem__)
         largest.append(f"the largest number of the gradient is {tops[name]:.3g}, in {name}")
+    before = {_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(state.learner)[0] if _is_float(leaf)}
+    learnt = {name: np.abs(np.asarray(leaf)).max() for name, leaf in before.items() if "opt" not in name}  # Moments are squares.
+    if learnt and (top := max(learnt.values())) > TOO_LARGE:
+        name = max(learnt, key=learnt.__getitem__)
+        largest.append(f"what had been learnt before reaches {top:.3g}, in {name}: an earlier update has ruined it")
     return "\n  ".join(
         [
             *found,
             *largest,
-            "try: smaller rewards and observations (scaled or clipped), a lower learning_rate, a smaller max_grad_norm, loss='huber'; or "
-            "go back to an earlier checkpoint",
+            "try: smaller rewards and observations (scaled or clipped), a lower learning_rate, a smaller max_grad_norm, DQN's "
+            "loss='huber'; and go back to an earlier checkpoint",
         ]
     )
 
@@ -108,7 +114,7 @@ def _non_finite(what: str, tree: Any, rows: bool = False) -> list[str]:
     """A line for each tensor of the tree in which something is not finite, six at most."""
     lines = []
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        if not jnp.issubdtype(leaf.dtype, jnp.floating) or np.isfinite(leaf).all():
+        if not _is_float(leaf) or np.isfinite(leaf).all():
             continue
         wrong = ~np.isfinite(leaf)
         where = ""
@@ -117,6 +123,10 @@ def _non_finite(what: str, tree: Any, rows: bool = False) -> list[str]:
             where = f" in the rows {', '.join(map(str, numbers[:10]))}{' ...' if len(numbers) > 10 else ''} of {len(wrong)}"
         lines.append(f"{' '.join(filter(None, (what, _name(path))))} is {np.asarray(leaf)[wrong].flat[0]}{where}")
     return lines[:6] + ([f"{what} and {len(lines) - 6} more"] if len(lines) > 6 else [])
+
+
+def _is_float(leaf: Any) -> bool:
+    return bool(jnp.issubdtype(leaf.dtype, jnp.floating))
 
 
 def _name(path: Any) -> str:

@@ -179,6 +179,8 @@ class OnlineAgent:
         checked = self._observation(observation, False)
         if self._stepper.pending is None:
             return self._leave(self._stepper.advance(checked))
+        if reward is None and terminated is None and truncated is None:
+            raise TypeError("a step is pending: give what env.step(actions) returned for it, reward, terminated and truncated")
         ended = self._checks["terminated", False](terminated)
         last = ended | self._checks["truncated", False](truncated)
         outcome = outcome_array(self._checks["reward", False](reward), ended, last)
@@ -261,7 +263,8 @@ class OnlineAgent:
 
         Args:
           path: the file.
-          fork: whether this agent's options may be others than those that the saved one was built with.
+          fork: whether this agent's options may be others than those that the saved one was built with, where arrays keep their shapes:
+            what was saved with ``replay=False`` fits a replay of another kind and size, too.
 
         Raises:
           FileNotFoundError: if there is no such file.
@@ -271,15 +274,13 @@ class OnlineAgent:
         replay = checkpoint.read_info(path).get("replay", True)
         try:
             state, info = checkpoint.load(path, self._saved_form(replay))
-        except checkpoint.CheckpointError as error:
-            saved, own = checkpoint.read_info(path).get("agent"), type(self).__name__
-            if saved in (None, own):
-                raise
+        except checkpoint.MisfitError as error:
+            raise checkpoint.CheckpointError(self._misfit(path, str(error))) from error
+        if not fork and (differing := self._differing(info)):
             raise checkpoint.CheckpointError(
-                f"{path} holds an agent of the class {saved}, and this is a {own}: load it with a {saved}"
-            ) from error
-        if not fork:
-            self._require_same_options(path, info.get("options", {}))
+                f"{path} was saved with other options; build the agent with those, or go on with these by load(path, fork=True):\n  "
+                + "\n  ".join(differing)
+            )
         if replay:
             self.restore(state)
         else:
@@ -289,14 +290,26 @@ class OnlineAgent:
         state = self._stepper.live_state()
         return self._stepper.snapshot(state if replay else state._replace(memory=()))
 
-    def _require_same_options(self, path: str | os.PathLike, saved: dict[str, Any]) -> None:
-        names = saved.keys() & self._options.keys()
-        others = [f"{name}: saved with {saved[name]}, this agent has {self._options[name]}" for name in sorted(names)]
-        if differing := [line for line, name in zip(others, sorted(names), strict=True) if saved[name] != self._options[name]]:
-            raise checkpoint.CheckpointError(
-                f"{path} was saved with other options; build the agent with those, or go on with these by load(path, fork=True):\n  "
-                + "\n  ".join(differing)
-            )
+    def _differing(self, info: dict[str, Any]) -> list[str]:
+        """A line for each option of a saved agent that this one has not."""
+        saved, own = (
+            {**options, "num_envs": num} for options, num in ((info["options"], info["num_envs"]), (self._options, self.num_envs))
+        )
+        return [
+            f"{name}: saved with {saved[name]}, this agent has {own[name]}"
+            for name in sorted(saved.keys() & own)
+            if saved[name] != own[name]
+        ]
+
+    def _misfit(self, path: str | os.PathLike, error: str) -> str:
+        """Why a file cannot be loaded: the error, and what may lie behind it."""
+        info, own = checkpoint.read_info(path), type(self).__name__
+        if "task" in info:
+            folder = os.path.dirname(path)
+            return f"{path} is a checkpoint of a run of dqn-jax train: dqn_jax.load_run({folder!r}, env) gives its agent"
+        if info.get("agent", own) != own:
+            return f"{path} holds an agent of the class {info['agent']}, and this is a {own}: load it with a {info['agent']}"
+        return "\n  ".join([error, *self._differing(info)])
 
     def compile(self) -> None:
         """Compiles everything now, so that no later call waits for it. The agent does not change: this works on copies.

@@ -69,7 +69,6 @@ class HostRuns:
         self._agents = [preset.online(env, seed=task.seed + i, **task.options) for i, env in enumerate(self._envs)]
         self._begin()
         self.lost: str | None = None
-        self._eval_env = make_env(task.env, **task.env_args)
         self._rows = max(1, round(task.steps / CHUNKS / task.num_envs))
 
     def _begin(self) -> None:
@@ -124,7 +123,11 @@ class HostRuns:
     def evaluate(self) -> np.ndarray:
         """The mean return of greedy episodes, for each seed."""
         seeds = [self.task.seed + 10_000 + episode for episode in range(self.task.eval_episodes)]
-        return np.array([np.mean([play_greedily(agent.act, self._eval_env, seed) for seed in seeds]) for agent in self._agents])
+        env = make_env(self.task.env, **self.task.env_args)  # A new one, which earlier evaluations have not touched.
+        try:
+            return np.array([np.mean([play_greedily(agent.act, env, seed) for seed in seeds]) for agent in self._agents])
+        finally:
+            env.close()
 
     def state(self) -> Any:
         """Everything, as one pytree; until the next step."""

@@ -281,7 +281,10 @@ def reward_check(num_envs: int | None) -> Check:
         if array.dtype.kind not in "fiub":
             raise TypeError(f"reward has dtype {array.dtype} (got {value!r}), expected a real number")
         if not _fits_float32(array).all():
-            raise ValueError(f"reward is {value}: nothing was stored; repair the environment, or end the episode with stop_episode()")
+            raise ValueError(
+                f"reward is {value}, expected a finite number of at most {FLOAT32_MAX:.3g}, float32's largest: nothing was stored; repair "
+                "the environment, or end the episode with stop_episode()"
+            )
         return np.array(array, np.float32).reshape(num_envs or 1)
 
     return check
@@ -294,7 +297,7 @@ def flag_check(name: str, num_envs: int | None) -> Check:
     def check(value: Any) -> np.ndarray:
         array = np.asarray(value)
         if array.dtype != np.bool_:
-            raise TypeError(f"{name} is {value!r}, expected True or False")
+            raise TypeError(f"{name} is {value!r}, expected {'True or False' if num_envs is None else f'{num_envs} of dtype bool'}")
         if array.shape != shape:
             raise ValueError(f"{name} has shape {array.shape}, expected {shape}")
         return array.reshape(num_envs or 1)

@@ -161,7 +161,7 @@ class Stepper:
             why = finite.explain(self._agent, self.live_state())
             raise finite.NonFiniteError(
                 f"the updates of {finite.PATIENCE} calls in a row were refused, since loss or gradient were not finite; nothing was learnt "
-                f"from them, and the agent can be used as before. Of update {self.updates}:\n  {why}"
+                f"from them, and the agent is as it was before them. Of update {self.updates}:\n  {why}"
             )
 
     def _swap(self, places: slice, noted: tuple[Any, ...], program: Callable[..., Any], *args: Any) -> None:

@@ -534,7 +534,11 @@ CHECKPOINTS = {
         "expected nothing",
     ),
     "another space": (lambda path, saved: other_checkpoint(path / "x", both=CHOICE), CheckpointError, "does not fit this agent"),
-    "more environments": (lambda path, saved: other_checkpoint(path / "x", num_envs=4), CheckpointError, "'num_envs': 4"),
+    "more environments": (
+        lambda path, saved: other_checkpoint(path / "x", num_envs=4),
+        CheckpointError,
+        "num_envs: saved with 4, this agent has 1",
+    ),
 }
 
 

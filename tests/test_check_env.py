@@ -158,6 +158,30 @@ def test_what_is_no_environment():
     assert finding.severity == "error" and "gymnasium.make" in finding.remedy
 
 
+class Leaves(Sound):
+    def look(self):
+        return 2 * super().look()
+
+
+def test_observations_that_leave_their_space_are_found():
+    (finding,) = check_env(Leaves(), show=False)
+    assert finding.severity == "warning" and "observations leave their space in" in finding.problem
+
+
+class Impatient(Sound):
+    """Ends by itself, and is ended by a clock which it does not tell from that."""
+
+    def reset(self, *, seed=None, options=None):
+        answer = super().reset(seed=seed)
+        self.end = min(self.end, 20)
+        return answer
+
+
+def test_a_clock_that_ends_some_episodes_is_found():
+    (finding,) = check_env(Impatient(), show=False)
+    assert "terminated after exactly 20 steps, and none was longer" in finding.problem and "truncated" in finding.remedy
+
+
 class Picky(gymnasium.Env):
     """Allows one action at a time, and raises at any other."""
 

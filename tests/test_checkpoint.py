@@ -441,3 +441,31 @@ def test_the_file_tells_what_it_is(tmp_path):
     info = checkpoint.read_info(tmp_path / "agent")
     assert info["agent"] == "DQN" and info["num_envs"] == 1 and info["replay"] is True
     assert info["options"]["gamma"] == 0.9 and info["options"]["hidden"] == [8]
+
+
+def test_a_link_stays_and_what_is_no_file_is_left_alone(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk/state")
+    checkpoint.save(tmp_path / "link", {"x": np.ones(3)})
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk/state").is_file()
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("disk", "pipe"):
+        with pytest.raises(OSError, match=f"{name} is there and is no file"):
+            checkpoint.save(tmp_path / name, {"x": np.ones(3)})
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_whoever_may_read_files_may_read_checkpoints(tmp_path):
+    checkpoint.save(tmp_path / "state", {"x": np.ones(3)})
+    (tmp_path / "other").touch()
+    assert (tmp_path / "state").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_a_misfit_names_the_options_and_a_run_s_file_how_to_load_it(tmp_path):
+    options = {name: value for name, value in SMALL.items() if name != "optimizer"}
+    DQN(SPACES, **options).save(tmp_path / "agent")
+    with pytest.raises(CheckpointError, match=r"(?s)does not fit.*\n  hidden: saved with \[8\], this agent has \[4\]$"):
+        DQN(SPACES, **{**options, "hidden": (4,)}).load(tmp_path / "agent", fork=True)
+    checkpoint.save(tmp_path / "run/last.safetensors", {"x": np.ones(3)}, {"task": {}})
+    with pytest.raises(CheckpointError, match=r"load_run\('.*run', env\)"):
+        DQN(SPACES, **options).load(tmp_path / "run/last.safetensors")

@@ -277,8 +277,10 @@ def test_resuming_a_complete_run_says_so(finished, dqn_jax_command, tmp_path):
     folder = shutil.copytree(finished[0], tmp_path / "copy")
     status, _, err = dqn_jax_command("train", "--resume", folder)
     assert status == 0 and "steps already: to go on, ask for more in all with --steps" in err
-    status, _, err = dqn_jax_command("train", "--resume", folder, "--steps", 50)  # Fewer than before learning starts.
-    assert status == 0 and "steps already" in err
+    before = (folder / "config.json").read_text()
+    status, _, err = dqn_jax_command("train", "--resume", folder, "--steps", 50)
+    assert status == 2 and "steps already: ask for as many in all, or more, with --steps" in err
+    assert (folder / "config.json").read_text() == before
 
 
 def test_resume_goes_beyond_the_end(finished, summary_of, tmp_path):
@@ -294,13 +296,55 @@ def test_rollback(finished, damage, dqn_jax_command, summary_of, tmp_path):
     last = folder / "last.safetensors"
     last.write_bytes(last.read_bytes()[:-100]) if damage == "cut" else last.unlink()
     status, out, err = dqn_jax_command("train", "--resume", folder)
-    assert status == 2 and out == "" and "last.safetensors" in err and f"--resume {folder} --rollback" in err
+    assert status == 2 and out == "" and "last.safetensors" in err and "add --rollback" in err
     status, _, err = dqn_jax_command("train", "--resume", folder, "--rollback")
     assert status == 0 and re.search(r"rolled back to step \d+", err)
     rolled = json.loads((folder / "summary.json").read_text())
     whole = json.loads((finished[0] / "summary.json").read_text())
     assert rolled["complete"] and rolled["state_sha256"] == whole["state_sha256"]  # It has made the lost steps again.
     assert (folder / "metrics.csv").read_text() == (finished[0] / "metrics.csv").read_text()
+
+
+@pytest.mark.parametrize("finished", [HOST], ids=["host"], indirect=True)
+def test_a_configuration_that_was_changed_is_refused_where_it_stands(finished, dqn_jax_command, tmp_path):
+    folder = shutil.copytree(finished[0], tmp_path / "changed")
+    config = json.loads((folder / "config.json").read_text())
+    config["options"]["gamma"] = 0.5
+    (folder / "config.json").write_text(json.dumps(config))
+    status, _, err = dqn_jax_command("train", "--resume", folder, "--steps", STEPS + 50)
+    assert status == 2 and re.search(r"config.json says something else than the checkpoint: gamma: \S+ -> 0.5", err)
+
+
+class Own(gymnasium.Wrapper):
+    """Rewards of a generator of its own, which no reset seeds."""
+
+    def __init__(self, env):
+        super().__init__(env)
+        self.own = np.random.default_rng(3)
+
+    def step(self, action):
+        observation, _, *rest = self.env.step(action)
+        return observation, float(self.own.random()), *rest
+
+
+def test_evaluations_do_not_hang_on_those_before(dqn_jax_command, summary_of, monkeypatch):
+    monkeypatch.setattr("dqn_jax.runs.make_env", lambda env, **args: Own(gymnasium.make(env, **args)))
+    whole = summary_of("train", HOST, *TINY, "--name", "whole")
+    with monkeypatch.context() as patch:
+        stop_after(patch, HostRuns, 37, lambda: signal.raise_signal(signal.SIGTERM))
+        dqn_jax_command("train", HOST, *TINY, "--name", "stopped")
+    resumed = summary_of("train", "--resume", "runs/stopped")
+    assert resumed["state_sha256"] == whole["state_sha256"] and resumed["eval_return"] == whole["eval_return"]
+    assert Path("runs/stopped/metrics.csv").read_text() == Path("runs/whole/metrics.csv").read_text()
+
+
+def test_an_option_that_ruined_a_run_is_changed_before_it_did(dqn_jax_command, summary_of):
+    status, _, err = dqn_jax_command("train", HOST, *TINY, "--steps", 4 * STEPS, "--name", "good")
+    status, _, err = dqn_jax_command("train", "--fork", "runs/good", "--learning-rate", 1e30, "--steps", 8 * STEPS, "--name", "ruined")
+    assert status == 2 and "updates of 20 calls in a row were refused" in err
+    assert "an earlier update has ruined it" in err and "--rollback" in err
+    mended = ("--fork", "runs/ruined", "--rollback", "--learning-rate", 1e-3, "--name", "mended")
+    assert summary_of("train", *mended)["complete"]
 
 
 @pytest.mark.parametrize("finished", [HOST], ids=["host"], indirect=True)
@@ -343,6 +387,7 @@ def test_fork(finished, dqn_jax_command, summary_of, tmp_path):
 def test_a_fork_that_cannot_be_leaves_nothing_behind(finished, dqn_jax_command, tmp_path):
     steps = json.loads((finished[0] / "summary.json").read_text())["steps"]
     for words, says in (
+        (("--num-envs", 4, "--steps", STEPS + 200), "not every option can change; these do: num_envs: 1 -> 4"),
         ((), f"has made {steps:,} steps already: ask for more in all with --steps"),
         (("--hidden", 16), r"Dense_0.*\b8,?\).*\b16,?\)"),
         (("--seed", 5, "--steps", STEPS + 200), "leave out --seed"),
