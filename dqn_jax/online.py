@@ -292,14 +292,10 @@ class OnlineAgent:
 
     def _differing(self, info: dict[str, Any]) -> list[str]:
         """A line for each option of a saved agent that this one has not."""
-        saved, own = (
-            {**options, "num_envs": num} for options, num in ((info["options"], info["num_envs"]), (self._options, self.num_envs))
-        )
-        return [
-            f"{name}: saved with {saved[name]}, this agent has {own[name]}"
-            for name in sorted(saved.keys() & own)
-            if saved[name] != own[name]
-        ]
+        saved = {name: value for name, value in info.items() if name == "num_envs"} | info.get("options", {})
+        own = {"num_envs": self.num_envs} | self._options
+        names = sorted(saved.keys() & own)
+        return [f"{name}: saved with {saved[name]}, this agent has {own[name]}" for name in names if saved[name] != own[name]]
 
     def _misfit(self, path: str | os.PathLike, error: str) -> str:
         """Why a file cannot be loaded: the error, and what may lie behind it."""
