@@ -263,7 +263,7 @@ def _restore(runs: HostRuns | CompiledRuns, folder: Path, rollback: bool) -> dic
         state, info = checkpoint.load(path, runs.state())
     except checkpoint.MisfitError as error:
         changed = _changes(checkpoint.read_info(path)["task"], runs.task._asdict())
-        told = f"\nnot every option can change; these do: {'; '.join(changed)}" if changed else ""
+        told = f"\nof what changes, something gives arrays another shape: {'; '.join(changed)}" if changed else ""
         raise checkpoint.CheckpointError(f"{error}{told}") from error
     except (checkpoint.CheckpointError, FileNotFoundError) as error:
         if rollback or not previous.exists():
