@@ -53,7 +53,7 @@ class Steep:
 
 @pytest.mark.parametrize("width", [4, finite.SMALL])  # A choice between old and new, and a branch.
 def test_a_gradient_alone_is_enough(width):
-    algorithm = dqn(Steep(width), optax.adam(0.1), epsilon=0.1, head=expected("mse"), double=False)
+    algorithm = dqn(Steep(width), optax.adam(0.1), epsilon=0.1, head=expected("mse"), double=False, finite_changes=True)
 
     def learnt(first):
         observation = jnp.ones((4, 3)).at[2].set(first)
@@ -72,14 +72,18 @@ def test_a_gradient_alone_is_enough(width):
 @pytest.mark.parametrize("width", [4, finite.SMALL])
 def test_an_optimizer_that_makes_a_nan_of_a_sound_gradient_changes_nothing(width):
     nothing = optax.adam(0.1, eps=0.0)  # 0 / 0 for an action that was not taken.
-    algorithm = dqn(QNetwork(2, (width // 4,)), nothing, epsilon=0.1, head=expected("mse"), double=False)
-    observation = jnp.ones((4, 3))
-    t = Transition(observation, jnp.zeros(4, jnp.int32), jnp.ones((4, 1)), jnp.ones((4, 1)), observation, jnp.zeros((4, 1), bool))
-    before = algorithm.init(jax.random.key(0), observation)
-    after, feedback = jax.jit(algorithm.learn)(before, Batch(t), jax.random.key(1), jnp.int32(1))
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(feedback.gradient))
-    assert not bool(feedback.finite)
-    chex.assert_trees_all_equal(after, before)
+    network = QNetwork(2, (width // 4,))
+    agent = dqn_jax.dqn((VECTOR, TWO), network=network, optimizer=nothing, **{**OPTIONS, "hidden": None})
+    observation = jnp.ones((1, 3))
+    row = Transition(observation, jnp.zeros(1, jnp.int32), jnp.ones(1), jnp.ones(1), observation, jnp.zeros(1, bool))
+    state = agent.init(jax.random.key(0), observation)
+    for _ in range(8):
+        state = agent.observe(state, row)
+    drawn = agent.draw(state, 0)
+    after, metrics = jax.jit(agent.update)(state, drawn)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(agent.examine(state, drawn)[2].gradient))
+    assert float(metrics["refused"]) == 1.0
+    chex.assert_trees_all_equal(after.learner, state.learner)
 
 
 @pytest.mark.parametrize("updates", [1, 20, 41, 100_003])

@@ -77,6 +77,7 @@ def dqn(
     munchausen: Munchausen | None = None,
     target_update_interval: int = 500,
     tau: chex.Numeric = 1.0,
+    finite_changes: bool = False,
 ) -> Algorithm:
     """The DQN algorithm.
 
@@ -92,6 +93,8 @@ def dqn(
       munchausen: a soft policy with a bonus, for windows of one step, or None.
       target_update_interval: stored transitions between two refreshes of the target network; 1 means after every update.
       tau: how far a refresh moves the target to the online parameters; 1 copies them.
+      finite_changes: whether the optimizer makes finite changes of finite gradients, as Adam with an epsilon does. Only these are looked at
+        then, which costs less than to look through all that was learnt.
 
     Returns:
       An ``Algorithm`` whose learner is a ``DQNState``.
@@ -185,10 +188,12 @@ def dqn(
         inputs = head.draw(key_inputs, batch.transition.action.shape[0])
         gradient = jax.value_and_grad(batch_loss, has_aux=True)
         (value, (priority, metrics)), grads = gradient(learner.params, learner.target_params, batch, layers, inputs)
-        changes, _ = optimizer.update(grads, learner.opt_state, learner.params)  # It may divide by nothing.
-        sound = finite.is_sound(value, grads) & finite.all_finite(changes)
+        feedback = Feedback(priority, {"loss": value, **metrics}, gradient=grads)
+        if not finite_changes:
+            return descended(learner, grads, step), feedback  # Whoever calls looks through it: see assemble.
+        sound = finite.is_sound(value, grads)
         learner = finite.learn_if(sound, lambda learner: descended(learner, grads, step), learner)
-        return learner, Feedback(priority, {"loss": value, **metrics}, sound, grads)
+        return learner, feedback._replace(finite=sound)
 
     return Algorithm(init, noise, explore, exploit, learn)
 

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dqn_jax import distributions, policies, returns
+from dqn_jax import distributions, finite, policies, returns
 from dqn_jax.types import Algorithm, Batch, Decision, Feedback, Transition
 
 MIN_TEMPERATURE = 1e-4  # An entropy of a few nats is then worth less than a thousandth of a reward of 1.
@@ -99,6 +99,7 @@ def sac(
     initial_temperature: chex.Numeric = 1.0,
     max_temperature: chex.Numeric = 10.0,
     reward_scale: chex.Numeric = 1.0,
+    finite_changes: bool = False,
 ) -> Algorithm:
     """The SAC algorithm for actions of D numbers between bounds.
 
@@ -114,6 +115,8 @@ def sac(
       initial_temperature, max_temperature: where the temperature begins, and what it never exceeds; it never falls below
         MIN_TEMPERATURE, 1e-4.
       reward_scale: factor of the rewards.
+      finite_changes: whether the optimizers make finite changes of finite gradients, as Adam with an epsilon does. Only these are looked at
+        then, which costs less than to look through all that was learnt.
 
     Returns:
       An ``Algorithm`` whose learner is a ``SACState``.
@@ -155,7 +158,7 @@ def sac(
 
     goal = -float(num_dims) if target_entropy is None else target_entropy
     head = _Head(noise, sample, mode, propose, values, taken, lambda mask: goal, init)
-    return _soft_actor_critic(actor, head, optimizers, warmup, tau, initial_temperature, max_temperature, reward_scale)
+    return _soft_actor_critic(actor, head, optimizers, warmup, tau, initial_temperature, max_temperature, reward_scale, finite_changes)
 
 
 def discrete_sac(
@@ -170,6 +173,7 @@ def discrete_sac(
     initial_temperature: chex.Numeric = 1.0,
     max_temperature: chex.Numeric = 10.0,
     reward_scale: chex.Numeric = 1.0,
+    finite_changes: bool = False,
 ) -> Algorithm:
     """The SAC algorithm for A numbered actions.
 
@@ -179,7 +183,7 @@ def discrete_sac(
       num_actions: A.
       target_entropy: as a share of the largest entropy that the allowed actions can have, in [0, 1]; by default 0.7 where there are up
         to four actions, else 0.89.
-      optimizers, warmup, tau, initial_temperature, max_temperature, reward_scale: as for ``sac``.
+      optimizers, warmup, tau, initial_temperature, max_temperature, reward_scale, finite_changes: as for ``sac``.
 
     Returns:
       An ``Algorithm`` whose learner is a ``SACState``.
@@ -209,7 +213,7 @@ def discrete_sac(
         return share * jnp.log(allowed)
 
     head = _Head(policy.noise, sample, policy.mode, propose, values, taken, target, critic.init)
-    return _soft_actor_critic(actor, head, optimizers, warmup, tau, initial_temperature, max_temperature, reward_scale)
+    return _soft_actor_critic(actor, head, optimizers, warmup, tau, initial_temperature, max_temperature, reward_scale, finite_changes)
 
 
 def _soft_actor_critic(
@@ -221,6 +225,7 @@ def _soft_actor_critic(
     initial_temperature: chex.Numeric,
     max_temperature: chex.Numeric,
     reward_scale: chex.Numeric,
+    finite_changes: bool,
 ) -> Algorithm:
     if warmup < 0:
         raise ValueError(f"warmup must be at least 0, got {warmup}")
@@ -280,6 +285,7 @@ def _soft_actor_critic(
 
     def learn(learner: SACState, batch: Batch, key: chex.PRNGKey, step: chex.Array) -> tuple[SACState, Feedback]:
         del step
+        before = learner
         t = batch.transition
         reward, discount = jax.vmap(returns.n_step)(t.reward, t.discount, t.last)  # [B]
         noise_next, noise_now = (head.noise(k, len(reward)) for k in jax.random.split(key))  # [B, ...]
@@ -288,12 +294,12 @@ def _soft_actor_critic(
 
         next_value, _ = soft_value(learner.actor, learner.target_critics, temperature, t.next_observation, noise_next)
         target = reward_scale * reward + discount * next_value  # [B]
-        (c_loss, (td_error, q)), grads = jax.value_and_grad(critic_loss, has_aux=True)(learner.critics, t, target, weight)
-        changes, critic_opt = optimizers.critic.update(grads, learner.critic_opt, learner.critics)
+        (c_loss, (td_error, q)), c_grads = jax.value_and_grad(critic_loss, has_aux=True)(learner.critics, t, target, weight)
+        changes, critic_opt = optimizers.critic.update(c_grads, learner.critic_opt, learner.critics)
         learner = learner._replace(critics=optax.apply_updates(learner.critics, changes), critic_opt=critic_opt)
 
-        (a_loss, entropy), grads = jax.value_and_grad(actor_loss, has_aux=True)(learner.actor, learner, t, noise_now)
-        changes, actor_opt = optimizers.actor.update(grads, learner.actor_opt, learner.actor)
+        (a_loss, entropy), a_grads = jax.value_and_grad(actor_loss, has_aux=True)(learner.actor, learner, t, noise_now)
+        changes, actor_opt = optimizers.actor.update(a_grads, learner.actor_opt, learner.actor)
         learner = learner._replace(actor=optax.apply_updates(learner.actor, changes), actor_opt=actor_opt)
 
         surplus = jnp.mean(entropy - head.target(policies.split_mask(t.observation)[1]))
@@ -302,15 +308,11 @@ def _soft_actor_critic(
         log_temperature = jnp.clip(learner.log_temperature + change, jnp.log(MIN_TEMPERATURE), jnp.log(max_temperature))
         targets = optax.incremental_update(learner.critics, learner.target_critics, tau)
         learner = learner._replace(log_temperature=log_temperature, temperature_opt=temperature_opt, target_critics=targets)
-        return learner, Feedback(
-            jnp.mean(jnp.abs(td_error), axis=0),
-            {
-                "loss": c_loss,
-                "actor_loss": a_loss,
-                "q": jnp.mean(q),
-                "entropy": jnp.mean(entropy),
-                "temperature": temperature,
-            },
-        )
+        metrics = {"loss": c_loss, "actor_loss": a_loss, "q": jnp.mean(q), "entropy": jnp.mean(entropy), "temperature": temperature}
+        feedback = Feedback(jnp.mean(jnp.abs(td_error), axis=0), metrics, gradient=(c_grads, a_grads))
+        if not finite_changes:
+            return learner, feedback  # Whoever calls looks through it: see assemble.
+        sound = finite.is_sound(c_loss, c_grads) & finite.is_sound(a_loss, a_grads) & jnp.isfinite(surplus)
+        return finite.choose(sound, learner, before), feedback._replace(finite=sound)
 
     return Algorithm(init, noise, explore, exploit, learn)

@@ -205,6 +205,7 @@ def dqn(env_or_spaces: Any, *, network: Any = None, optimizer: optax.GradientTra
         network = _network(o, observation_space, num_actions)
     elif o.dueling or o.noisy is not None:
         raise ValueError("dueling and noisy are of the default network: leave them out, or the network")
+    own = optimizer is None
     if optimizer is None:
         optimizer = clipped(optax.adam(o.learning_rate, eps=o.adam_epsilon), o.max_grad_norm)
     tau, target_update_interval = o.tau, o.target_update_interval
@@ -221,6 +222,7 @@ def dqn(env_or_spaces: Any, *, network: Any = None, optimizer: optax.GradientTra
         munchausen=None if o.munchausen is None else Munchausen(o.munchausen, o.munchausen_temperature),
         target_update_interval=target_update_interval,
         tau=tau,
+        finite_changes=own,
     )
     if o.curiosity != "off":
         algorithm = curious(algorithm, curiosity_of(o, observation_space), weight=o.intrinsic_coef)

@@ -157,6 +157,7 @@ def sac(env_or_spaces: Any, *, actor: Any = None, critic: Any = None, optimizers
         "initial_temperature": o.initial_temperature,
         "max_temperature": o.max_temperature,
         "reward_scale": o.reward_scale,
+        "finite_changes": optimizers is None,
     }
     optimizers = _optimizers(o) if optimizers is None else optimizers
     if isinstance(action_space, gymnasium.spaces.Discrete):
