@@ -1,7 +1,8 @@
 """Most of the suite's time is compiling small programs: they are compiled without optimisation, and once for all that a session runs.
 
 What is promised bit for bit must also hold for programs as users compile them: ``.ci/run`` runs those tests once more with
-``XLA_FLAGS=--xla_backend_optimization_level=3``, XLA's default. Whoever sets XLA_FLAGS is not overruled.
+``XLA_FLAGS=--xla_backend_optimization_level=3``, XLA's default. Whoever sets XLA_FLAGS is not overruled. Slow tests, which learn for long,
+are compiled as users do.
 """
 
 import os
@@ -9,7 +10,10 @@ import os
 import jax
 import pytest
 
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # Read when JAX makes its first array.
+
+def pytest_configure(config):
+    if config.option.markexpr == "not slow":
+        os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # Read when JAX makes its first array.
 
 
 @pytest.fixture(scope="session", autouse=True)

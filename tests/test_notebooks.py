@@ -52,7 +52,7 @@ def test_runs_without_error(path, whole, tmp_path):
         cells = [cell for cell in notebook.cells if cell.cell_type == "code" and shown in cell.source]
         assert len(cells) == 1 and cells[0].source.count(shown) == 1, f"{shown!r} stands elsewhere in {path.name} now"
         cells[0].source = cells[0].source.replace(shown, instead)
-    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    nbclient.NotebookClient(notebook, timeout=3_600 if whole else 300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     streams = [output for cell in notebook.cells for output in cell.get("outputs", []) if output.output_type == "stream"]
     assert [output.text for output in streams if output.name == "stderr"] == []
 
