@@ -34,6 +34,12 @@ def is_atari(env_id: str) -> bool:
     return env_id.startswith("ALE/")
 
 
+def hint(env_id: str) -> str:
+    """What to tell who asks for a game by a name that it once had, and that is unknown; empty for other names."""
+    old = any(part in env_id for part in ("NoFrameskip", "Deterministic", "-v4", "-v5"))
+    return "; games of Atari are ALE/NAME-v5, ALE/Pong-v5 for example" if old else ""
+
+
 def require_preprocessed(env_id: str) -> None:
     """Raises if an id is one of ale-py's older ones, ``PongNoFrameskip-v4``, which Gymnasium knows as soon as ale-py has registered them.
 

@@ -23,12 +23,14 @@ from tqdm import tqdm
 
 from dqn_jax import atari, envs
 from dqn_jax.bench.command import SECTIONS, bench
-from dqn_jax.experiment import say, train
+from dqn_jax.experiment import train
+from dqn_jax.log import say
 from dqn_jax.options import elsewhere
+from dqn_jax.play import play_greedily
 from dqn_jax.presets.reading import encoder_of
 from dqn_jax.presets.table import ALGORITHMS
 from dqn_jax.programs import compute_inline, device_per_core, usable_cores
-from dqn_jax.runs import Task, best_learner, greedy_policy, make_env, play_greedily, read_task
+from dqn_jax.runs import Task, best_learner, greedy_policy, make_env, read_task
 from dqn_jax.seeds import num_devices
 from dqn_jax.statistics import iqm
 from dqn_jax.training import evaluate
@@ -151,7 +153,7 @@ def main(args: list[str] | None = None) -> None:
     try:
         summary = _train(command) if isinstance(command, Train) else _eval(command) if isinstance(command, Eval) else _bench(command)
     except ERRORS as error:
-        hint = _hint(command) if isinstance(error, gymnasium.error.Error) else ""
+        hint = atari.hint(str(command.env)) if isinstance(error, gymnasium.error.Error) and isinstance(command, Train) else ""
         say("\n  ".join([f"error: {error}{hint}", *getattr(error, "__notes__", ())]))
         sys.exit(2)
     except KeyboardInterrupt:
@@ -164,12 +166,6 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(1)
     if isinstance(command, Train) and summary.get("interrupt"):
         sys.exit(128 + summary["interrupt"])  # As shells have it.
-
-
-def _hint(command: Any) -> str:
-    """For who asks for a game of Atari by a name that it once had."""
-    old = isinstance(command, Train) and any(part in str(command.env) for part in ("NoFrameskip", "Deterministic", "-v4", "-v5"))
-    return "; games of Atari are ALE/NAME-v5, ALE/Pong-v5 for example" if old else ""
 
 
 def _train_default(args: list[str]) -> Any:
@@ -357,15 +353,10 @@ def _eval(command: Eval) -> dict[str, Any]:
                 f"{task.env} was trained as a JAX environment: name a Gymnasium environment to show it in, --env CartPole-v1 say"
             )
         returns = list(_play_and_show(command, command.env or task.env, {} if command.env else task.env_args, choose))
-    result = {
-        "run": str(command.run),
-        "env": command.env or task.env,
-        "episodes": len(returns),
-        "mean": float(np.mean(returns)),
-        "returns": returns,
-    }
+    shown, mean = command.env or task.env, float(np.mean(returns))
+    result = {"run": str(command.run), "env": shown, "episodes": len(returns), "mean": mean, "returns": returns}
     if not command.json:
-        print(f"{result['env']}: mean return {result['mean']:.1f} over {len(returns)} greedy episodes")
+        print(f"{shown}: mean return {mean:.1f} over {len(returns)} greedy episodes")
         print(f"  from {min(returns):.1f} to {max(returns):.1f}")
     return result
 

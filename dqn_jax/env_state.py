@@ -30,6 +30,9 @@ CONTAINERS = list, tuple, set, dict, collections.deque, np.ndarray, np.generic, 
 CODE = types.FunctionType | types.MethodType | types.BuiltinFunctionType | types.ModuleType | type | np.ufunc | functools.partial
 
 
+BY_PRESENT = {"enum": enum.Enum, "random": random.Random, "defaultdict": collections.defaultdict}  # Made by what the environment holds.
+
+
 class _Plain:
     """As small as an object can be that has attributes."""
 
@@ -165,6 +168,8 @@ class _Reader:
         kind, value = written["kind"], written["value"]
         if kind == "array":
             return _read_array(written)
+        if kind in BY_PRESENT and not isinstance(present, BY_PRESENT[kind]):  # No method of another kind of object is called.
+            raise ValueError(f"{name} is a {type(present).__name__}, the saved one was of the kind {kind}")
         if kind == "enum":
             return type(present)[value]
         if kind in ("code", "model"):

@@ -13,7 +13,7 @@ import numpy as np
 
 import dqn_jax
 from dqn_jax import checkpoint, env_state
-from dqn_jax.runs import Play, PlayBatch
+from dqn_jax.play import Play, PlayBatch
 
 HALF = 83  # Odd, no multiple of an interval, and more than the replay holds.
 REPLAY = {"hidden": (8,), "batch_size": 4, "capacity": 60, "replay_start_size": 10, "update_interval": 4}

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import dqn_jax
-from dqn_jax import atari, cli, runs
+from dqn_jax import atari, cli
+from dqn_jax import play as play_loops
 from dqn_jax.bench import atari as bench
 from dqn_jax.footprint import num_bytes
 from dqn_jax.presets.replay import storage_of
@@ -142,7 +143,7 @@ def test_the_image_replay_keeps_what_was_acted_on():
     options = {**SMALL, "frames": "stack_first", "capacity": 3_000, "replay_start_size": 300, "n_steps": 1}
     agent = dqn_jax.DQN(envs, **options)
     spy = Spy(4, agent)
-    loop = runs.PlayBatch(spy, envs, 3, lambda reward: reward)
+    loop = play_loops.PlayBatch(spy, envs, 3, lambda reward: reward)
     ended = [len(loop.step()) for _ in range(400)]
     assert sum(ended) >= 5 and 1 in ended, "episodes must end, some of them alone"
     assert agent.get_statistics()["n_updates"] > 100
@@ -164,10 +165,10 @@ def test_the_image_replay_keeps_what_was_acted_on():
 def test_rewards_are_clipped_for_the_agent_and_returns_are_scores(num_envs, clipped):
     env_args = {"max_num_frames_per_episode": 240, "reward_clipping": clipped}
     if num_envs == 1:
-        env, loop = atari.make("ALE/Carnival-v5", **env_args), runs.Play
+        env, loop = atari.make("ALE/Carnival-v5", **env_args), play_loops.Play
         spy = Spy(env.action_space.n)
     else:
-        env, loop = atari.make_vec("ALE/Carnival-v5", num_envs, **env_args), runs.PlayBatch
+        env, loop = atari.make_vec("ALE/Carnival-v5", num_envs, **env_args), play_loops.PlayBatch
         spy = Spy(env.single_action_space.n)
     playing = loop(spy, env, 0, atari.learnt_reward(env_args))
     returns = [score for _ in range(121) for score, _ in playing.step()]

@@ -469,3 +469,14 @@ def test_a_misfit_names_the_options_and_a_run_s_file_how_to_load_it(tmp_path):
     checkpoint.save(tmp_path / "run/last.safetensors", {"x": np.ones(3)}, {"task": {}})
     with pytest.raises(CheckpointError, match=r"load_run\('.*run', env\)"):
         DQN(SPACES, **options).load(tmp_path / "run/last.safetensors")
+
+
+def test_without_its_replay_an_agent_goes_on_with_another_kind_of_it(tmp_path):
+    options = {name: value for name, value in SMALL.items() if name != "optimizer"}
+    one, other = DQN(SPACES, **options), DQN(SPACES, seed=1, **{**options, "capacity": 80, "prioritized": True})
+    play(one, 0, 100)
+    one.save(tmp_path / "agent", replay=False)
+    other.load(tmp_path / "agent", fork=True)
+    assert dqn_jax.digest(other.learner) == dqn_jax.digest(one.learner)
+    play(other, 100, 200)
+    assert other.get_statistics()["n_updates"] > one.get_statistics()["n_updates"]

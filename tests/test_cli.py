@@ -14,7 +14,8 @@ import pytest
 
 import dqn_jax
 from dqn_jax import cli, envs
-from dqn_jax.runs import CompiledRuns, HostRuns, play_greedily
+from dqn_jax.play import play_greedily
+from dqn_jax.runs import CompiledRuns, HostRuns
 
 STEPS = 600
 TINY = ["--steps", STEPS, "--replay-start-size", 100, "--update-interval", 4, "--batch-size", 64, "--hidden", 8, "--eval-episodes", 2]
@@ -339,7 +340,7 @@ def test_evaluations_do_not_hang_on_those_before(dqn_jax_command, summary_of, mo
 
 
 def test_an_option_that_ruined_a_run_is_changed_before_it_did(dqn_jax_command, summary_of):
-    status, _, err = dqn_jax_command("train", HOST, *TINY, "--steps", 4 * STEPS, "--name", "good")
+    assert dqn_jax_command("train", HOST, *TINY, "--steps", 4 * STEPS, "--name", "good")[0] == 0
     status, _, err = dqn_jax_command("train", "--fork", "runs/good", "--learning-rate", 1e30, "--steps", 8 * STEPS, "--name", "ruined")
     assert status == 2 and "updates of 20 calls in a row were refused" in err
     assert "an earlier update has ruined it" in err and "--rollback" in err

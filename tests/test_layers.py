@@ -54,10 +54,12 @@ MAY_IMPORT = {
     "value_networks": {"networks"},
     "presets": BELOW_PRESETS,
     "statistics": set(),
-    "runs": BELOW_PRESETS | {"presets", "env_state"},
+    "play": {"envs"},
+    "runs": BELOW_PRESETS | {"presets", "env_state", "play"},
+    "log": {"checkpoint", "runs"},
     "check_env": BELOW_PRESETS | {"presets"},
-    **dict.fromkeys(("experiment", "export", "bench"), BELOW_PRESETS | {"presets", "runs", "statistics"}),
-    "cli": BELOW_PRESETS | {"presets", "runs", "statistics", "experiment", "export", "bench"},
+    **dict.fromkeys(("experiment", "export", "bench"), BELOW_PRESETS | {"presets", "log", "play", "runs", "statistics"}),
+    "cli": BELOW_PRESETS | {"presets", "log", "play", "runs", "statistics", "experiment", "export", "bench"},
     "__main__": {"cli"},
 }
 

@@ -19,10 +19,10 @@ import numpy as np
 from dqn_jax.bench import host_loops, peers, report
 from dqn_jax.bench.host_loops import HostLoop
 from dqn_jax.bench.settings import Setting
+from dqn_jax.play import play_greedily
 from dqn_jax.presets.dqn import DQN
 from dqn_jax.presets.dqn_sets import C51_PRESETS, IQN_PRESETS, PRESETS, QRDQN_PRESETS, RAINBOW_PRESETS
 from dqn_jax.programs import compute_inline
-from dqn_jax.runs import play_greedily
 from dqn_jax.statistics import bootstrap_interval, iqm
 
 STEPS = {"CartPole-v1": 50_000, "Acrobot-v1": 100_000, "LunarLander-v3": 100_000}

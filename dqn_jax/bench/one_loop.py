@@ -17,8 +17,8 @@ import numpy as np
 from dqn_jax.bench import compiled_loops, host_loops, libtorch, machine, peers, torch_loops
 from dqn_jax.bench.settings import DECK, PLAIN, Setting
 from dqn_jax.envs import make
+from dqn_jax.play import play_greedily
 from dqn_jax.programs import compute_inline, device_per_core
-from dqn_jax.runs import play_greedily
 from dqn_jax.seeds import over_seeds
 
 HOST_BEGIN = 2_000

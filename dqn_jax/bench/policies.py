@@ -25,9 +25,9 @@ import numpy as np
 
 from dqn_jax.bench import peers, policy_loops, report
 from dqn_jax.envs import make
+from dqn_jax.play import play_greedily
 from dqn_jax.presets.sac import SAC
 from dqn_jax.programs import compute_inline, device_per_core
-from dqn_jax.runs import play_greedily
 from dqn_jax.seeds import over_seeds, sharding
 from dqn_jax.types import AgentState
 
