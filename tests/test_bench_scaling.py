@@ -14,7 +14,7 @@ from dqn_jax.bench.compiled_loops import Outcome
 from dqn_jax.presets.dqn import dqn
 
 CARTPOLE, MINATAR = scaling.CARTPOLE, scaling.MINATAR
-TINY = scaling.Sizes(counts=(8,), host_steps=100, env_steps=128, seed_steps={CARTPOLE: 100}, games=(CARTPOLE,), with_peer=True, repeats=2)
+TINY = scaling.Sizes(counts=(8,), host_steps=100, games={CARTPOLE: scaling.Amount((8,), 128, 100, True)}, repeats=2)
 HOST, SEVERAL, MANY = "host loop, CartPole", "compiled loop, environments, CartPole", "compiled loop, seeds, CartPole"
 PEER = MANY + ", PureJaxRL style"
 
@@ -25,13 +25,14 @@ def series(tmp_path_factory):
     out = tmp_path_factory.mktemp("scaling") / "out.json"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scaling, "sizes", lambda backend, quick: TINY)
-        patch.setattr(scaling, "EVALUATED", 8)
+        patch.setattr(scaling, "EVALUATED", 4)
         patch.setattr(scaling, "EPISODES", 1)
         patch.setattr("sys.argv", ["scaling", "--quick", "--out", str(out)])
         scaling.main()
     written = json.loads(out.read_text())
     assert written["inline"] is False and written["spread"] is False and written["sizes"]["repeats"] == 2
-    assert written["left_out"] == {MINATAR: "on accelerators only, and not where it has to be quick"}
+    assert written["sizes"]["games"] == {CARTPOLE: {"counts": [8], "env_steps": 128, "seed_steps": 100, "with_peer": True}}
+    assert written["left_out"] == {MINATAR: "it was not asked for, or would not be quick"}
     return {name: one["points"] for name, one in written["series"].items()}
 
 
@@ -86,7 +87,7 @@ def test_a_compiled_run_is_traced_once_and_gets_other_keys():
 def test_ours_and_the_peer_make_the_same_steps_where_these_are_rounded():
     points = scaling.seeds(CARTPOLE, 1, 102, 1, True)
     assert [one["steps"] for one in points.values()] == [104, 104]
-    assert [*points] == [MANY, PEER] and all("return" not in one for one in points.values())
+    assert [*points] == [MANY, PEER] and all(one["return"] > 0 for one in points.values())  # One seed is evaluated, too.
 
 
 # What is chosen.
@@ -96,10 +97,11 @@ def test_accelerators_get_more_of_everything_but_what_is_quick():
     cpu, gpu, tpu, quick = (scaling.sizes(*which) for which in (("cpu",), ("gpu",), ("tpu",), ("cpu", True)))
     assert cpu.counts == (1, 16, 128, 1024) and gpu.counts == (1, 128, 1024, 4096) and gpu == tpu
     assert cpu.repeats == gpu.repeats == quick.repeats == 3
-    assert (cpu.games, gpu.games) == ((CARTPOLE,), (CARTPOLE, MINATAR))
-    assert (cpu.with_peer, gpu.with_peer) == (False, True)
+    assert [*cpu.games] == [*gpu.games] == [CARTPOLE, MINATAR] and [*quick.games] == [CARTPOLE]
+    assert [cpu.games[name].with_peer for name in cpu.games] == [False, True]  # For CartPole there is the section loops.
+    assert all(amount.with_peer and amount.counts == gpu.counts for amount in gpu.games.values())
     assert quick == scaling.sizes("gpu", True)
-    assert quick.games == cpu.games and max(quick.counts) < 128 and quick.seed_steps[CARTPOLE] < cpu.seed_steps[CARTPOLE]
+    assert max(quick.counts) < 128 and quick.games[CARTPOLE].seed_steps < cpu.games[CARTPOLE].seed_steps
 
 
 @pytest.mark.parametrize("which", [("cpu",), ("gpu",), ("cpu", True)], ids=str)
@@ -109,19 +111,20 @@ def test_the_sizes_fit_every_count(which):
         CARTPOLE: gymnasium.spaces.Box(-1, 1, (4,), np.float32),
         MINATAR: gymnasium.spaces.Box(0, 1, (10, 10, 4), np.bool_),
     }
-    for name in chosen.games:
+    host = dqn((observations[CARTPOLE], gymnasium.spaces.Discrete(2)), **scaling.GAMES[CARTPOLE].options)
+    assert all(chosen.host_steps // (host.cadence(count).rows * count) >= 1 for count in chosen.counts)
+    for name, amount in chosen.games.items():
         space, options = observations[name], scaling.GAMES[name].options
         agent = dqn((space, gymnasium.spaces.Discrete(2)), **options)
-        for count in chosen.counts:
+        for count in amount.counts:
             cadence = agent.cadence(count)
             assert cadence.updates * 4 == cadence.rows * count
-            assert chosen.host_steps // (cadence.rows * count) >= 1
             jax.eval_shape(agent.init, jax.random.key(0), jnp.zeros((count, *space.shape), space.dtype))  # Raises if a replay is too small.
-            assert chosen.seed_steps[name] >= 4 * options["batch_size"]
+            assert amount.seed_steps >= 4 * options["batch_size"]
 
 
 def test_what_is_left_out_is_named_with_the_reason(monkeypatch):
-    assert scaling.missing(scaling.sizes("cpu")) == {MINATAR: "on accelerators only, and not where it has to be quick"}
+    assert scaling.missing(scaling.sizes("cpu", True)) == {MINATAR: "it was not asked for, or would not be quick"}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert scaling.missing(scaling.sizes("gpu")) == {MINATAR: "it needs pgx: pip install 'dqn_jax[pgx]'"}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
@@ -138,17 +141,26 @@ def test_each_series_measures_its_own_game(monkeypatch, is_there, games):
     assert (host.axis, host.unit) == ("environments", "steps per second")
     asked = [(group.axis, list(group.points)) for group in compiled]
     assert asked == [
-        (axis, [(game, count, chosen.seed_steps[game] if axis == "seeds" else chosen.env_steps) for count in chosen.counts])
+        (axis, [(game, count, steps) for count in chosen.games[game].counts])
         for game in games
-        for axis in ("environments", "seeds")
+        for axis, steps in (("environments", chosen.games[game].env_steps), ("seeds", chosen.games[game].seed_steps))
     ]
 
 
 def test_spread_measures_seeds_alone(monkeypatch):
-    nothing = TINY._replace(counts=())
+    nothing = TINY._replace(counts=(), games={CARTPOLE: scaling.Amount((), 1, 1, True)})
     monkeypatch.setattr(scaling.series, "measure", lambda groups, measured, keep: [group.axis for group in groups])
     assert scaling.measure_sizes(nothing, seeds_only=True) == ["seeds"]
     assert scaling.measure_sizes(nothing) == ["environments", "environments", "seeds"]
+
+
+def test_one_game_is_measured_where_it_alone_is_asked_for(monkeypatch):
+    monkeypatch.setattr(scaling, "measure_sizes", lambda chosen, keep, seeds_only: (chosen.counts, [*chosen.games]))
+    everything = scaling.sizes(jax.default_backend())
+    assert scaling.measure() == (everything.counts, [CARTPOLE, MINATAR])
+    assert scaling.measure(only=(CARTPOLE,)) == (everything.counts, [CARTPOLE])
+    assert scaling.measure(only=(MINATAR,)) == ((), [MINATAR])
+    assert set(scaling.Options().only) == {*scaling.GAMES}
 
 
 def test_work_that_would_measure_nothing_is_refused():

@@ -1,20 +1,23 @@
 """Loops that are compiled whole, the environment included; ``peers.py`` has those that need another package."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 import optax
+from flax import linen as nn
 
 from dqn_jax.algorithms.dqn import DQNState
 from dqn_jax.bench.host_loops import q_loss
 from dqn_jax.bench.settings import Setting, epsilon_at, options, require_plain_targets
-from dqn_jax.networks import QNetwork
+from dqn_jax.networks import MINATAR, QNetwork
 from dqn_jax.presets.dqn import dqn
 from dqn_jax.training import evaluate, train
 from dqn_jax.types import AgentState, Env
+
+MOST_STEPS = 1_000  # Of a greedy episode, where the environment sets no limit.
 
 
 class Outcome(NamedTuple):
@@ -23,7 +26,7 @@ class Outcome(NamedTuple):
     What a program does not return, the compiler does not compute: the record is here so that it is paid for.
 
     Attributes:
-      params: of the greedy policy, in the form of ``dqn_jax.networks.QNetwork``.
+      params: of the greedy policy, in the form of this package's network for the environment.
       updates: how many updates made them.
       steps: how many transitions.
       history: the loop's own record of the run, of any form.
@@ -51,6 +54,39 @@ def ours(env: Env, setting: Setting, steps: int) -> Callable[[chex.PRNGKey], Out
     return run
 
 
+class FlaxQNetwork(nn.Module):
+    """``dqn_jax.networks.ConvQNetwork`` as others write it, of ``flax.linen.Conv``; the parameters are the same.
+
+    Attributes:
+      num_actions: the number A of actions.
+      convolutions: (filters, kernel size, stride) of each.
+      hidden: width of each hidden layer after them.
+    """
+
+    num_actions: int
+    convolutions: Sequence[tuple[int, int, int]]
+    hidden: Sequence[int]
+
+    @nn.compact
+    def __call__(self, x: chex.Array) -> chex.Array:
+        """The values ``[B, A]`` of images ``[B, H, W, C]``."""
+        x = x.astype(jnp.float32)
+        for filters, size, stride in self.convolutions:
+            x = nn.relu(nn.Conv(filters, (size, size), stride, padding="VALID")(x))
+        x = x.reshape(x.shape[0], -1)
+        for width in self.hidden:
+            x = nn.relu(nn.Dense(width)(x))
+        return nn.Dense(self.num_actions)(x)
+
+
+def ordinary_network(env: Env, setting: Setting) -> QNetwork | FlaxQNetwork:
+    """What others take where our preset takes its own network: for MinAtar's images there is an ordinary convolution in it."""
+    num_actions = int(env.action_space.n)  # type: ignore[attr-defined]
+    if len(env.observation_space.shape or ()) == 3:
+        return FlaxQNetwork(num_actions, MINATAR, setting.hidden)
+    return QNetwork(num_actions, setting.hidden)
+
+
 class Carry(NamedTuple):
     """What the scan of ``purejaxrl_style`` carries."""
 
@@ -72,12 +108,12 @@ def purejaxrl_style(env: Env, setting: Setting, steps: int) -> Callable[[chex.PR
       ValueError: on n-step returns or Double DQN.
     """
     require_plain_targets(setting, "purejaxrl-style")
-    network, optimizer = QNetwork(2, setting.hidden), optax.adam(setting.learning_rate)
+    network, optimizer = ordinary_network(env, setting), optax.adam(setting.learning_rate)
 
     def step(carry: Carry, _: None) -> tuple[Carry, tuple[Any, ...]]:
         key, key_coin, key_action, key_step, key_batch = jax.random.split(carry.key, 5)
         greedy = jnp.argmax(network.apply(carry.params, carry.observation[None])[0])
-        anything = jax.random.randint(key_action, (), 0, 2)
+        anything = jax.random.randint(key_action, (), 0, network.num_actions)
         action = jnp.where(jax.random.uniform(key_coin) < epsilon_at(setting, carry.steps), anything, greedy).astype(jnp.int32)
         env_state, result = env.step(key_step, carry.env_state, action)
         row = (carry.observation, action, result.reward, result.next_observation, result.terminated.astype(jnp.float32))
@@ -116,7 +152,9 @@ def purejaxrl_style(env: Env, setting: Setting, steps: int) -> Callable[[chex.PR
 
 
 def greedy_returns(env: Env, setting: Setting, params: Any, key: chex.PRNGKey, episodes: int) -> chex.Array:
-    """Returns of greedy episodes ``[episodes]`` with the network that all compiled contenders share."""
+    """Returns of greedy episodes ``[episodes]`` with the parameters that all compiled contenders share; without the environment's limit
+    of an episode, what it has come to after MOST_STEPS."""
     nothing: Any = ()
     state = AgentState(DQNState(params, *[nothing] * 3), *[nothing] * 5)
-    return evaluate(dqn(env, **options(setting)), env, num_episodes=episodes)(state, key)
+    max_steps = None if env.time_limit else MOST_STEPS
+    return evaluate(dqn(env, **options(setting)), env, num_episodes=episodes, max_steps=max_steps)(state, key)

@@ -11,14 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
-from flax import linen as nn
 
 from dqn_jax.algorithms.dqn import dqn
 from dqn_jax.bench import report
+from dqn_jax.bench.compiled_loops import FlaxQNetwork
 from dqn_jax.networks import MINATAR, NATURE, ConvQNetwork
 from dqn_jax.optimizers import join_small
 from dqn_jax.programs import compute_inline
@@ -46,23 +45,6 @@ class Options:
     """A JSON file for everything measured."""
 
 
-class FlaxQNetwork(nn.Module):
-    """The same network of ``flax.linen.Conv``."""
-
-    convolutions: tuple[tuple[int, int, int], ...]
-    hidden: tuple[int, ...]
-
-    @nn.compact
-    def __call__(self, x: chex.Array) -> chex.Array:
-        """The values ``[B, A]`` of images ``[B, H, W, C]``."""
-        for filters, size, stride in self.convolutions:
-            x = nn.relu(nn.Conv(filters, (size, size), stride, padding="VALID")(x))
-        x = x.reshape(x.shape[0], -1)
-        for width in self.hidden:
-            x = nn.relu(nn.Dense(width)(x))
-        return nn.Dense(6)(x)
-
-
 def contenders(convolutions: Any, hidden: Any, shape: tuple[int, ...], batch_size: int, updates: int) -> dict[str, Callable[[], Any]]:
     """For each network and place a function that makes that many updates."""
     keys = jax.random.split(jax.random.key(0), 3)
@@ -72,7 +54,7 @@ def contenders(convolutions: Any, hidden: Any, shape: tuple[int, ...], batch_siz
     batch = Batch(Transition(images[0], action, jax.random.normal(keys[2], (batch_size,)), 0.99 * ones, images[1], ones > 2))
     networks = {
         "ours": ConvQNetwork(6, convolutions, hidden, lambda x: x),
-        "flax.linen.Conv": FlaxQNetwork(convolutions, hidden),
+        "flax.linen.Conv": FlaxQNetwork(6, convolutions, hidden),
     }
     rounds: dict[str, Callable[[], Any]] = {}
     for name, network in networks.items():

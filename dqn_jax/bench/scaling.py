@@ -1,22 +1,23 @@
-"""What more environments or seeds bring: ``python -m dqn_jax.bench.scaling [--quick] [--inline | --spread] [--out FILE.json]``.
+"""What more environments or seeds bring: ``python -m dqn_jax.bench.scaling [--inline | --spread] [--only GAME] [--out FILE.json]``.
 
 Steps per second, medians and ranges of three measurements, each with keys of its own; compilation apart:
 
 * of the host loop, with N environments that feed one agent through ``batch_act_and_train``: Gymnasium's CartPole-v1 in one process, after
   the warm-up. Its compilation is that of ``DQN.compile``;
 * of the compiled loop with N environments that feed one agent;
-* of the compiled loop with N seeds, an agent and an environment each, through ``dqn_jax.over_seeds``; their steps are added up. On an
-  accelerator a loop in the style of PureJaxRL takes turns with ours there, spread by the same function, and from 128 seeds on the greedy
-  return of both is shown; on a CPU the section loops compares the two.
+* of the compiled loop with N seeds, an agent and an environment each, through ``dqn_jax.over_seeds``; their steps are added up. A loop in
+  the style of PureJaxRL takes turns with ours there, spread by the same function, and the greedy return of both is shown; but for CartPole
+  on a CPU, where the section loops compares the two.
 
-The loops learn with the setting PLAIN of ``settings.py`` on CartPole, on MinAtar's Breakout with the preset "minatar", and make **one
-update for every 4 transitions, whatever the count**: with one environment an update after every fourth row, with N >= 4 environments N / 4
-updates after each row of N transitions. So more environments save acting, not learning. One thing is changed in both settings: learning
-begins with the first full batch, since the steps of a warm-up cost next to nothing. Compiled loops are timed from the first reset on, that
-little warm-up included; the updates that were made stand beside the steps.
+The loops learn with the settings PLAIN, on CartPole, and MINATAR, on its Breakout, of ``settings.py``. The peer's network for MinAtar is of
+``flax.linen.Conv``, as its users have it, ours of ``dqn_jax.networks.conv``. All make **one update for every 4 transitions, whatever the
+count**: with one environment an update after every fourth row, with N >= 4 environments N / 4 updates after each row of N transitions. So
+more environments save acting, not learning. One thing is changed in both settings: learning begins with the first full batch, since the
+steps of a warm-up cost next to nothing. Compiled loops are timed from the first reset on, that little warm-up included; the updates that
+were made stand beside the steps.
 
-Each seed of a game makes as many steps as every other, however many there are, and its replay keeps them all (``Sizes``, SEED_CAPACITY).
-On an accelerator there are larger counts, and MinAtar where pgx is installed; what is left out is said.
+Each seed of a game makes as many steps as every other, however many there are, and its replay keeps them all (``Amount``, SEED_CAPACITY).
+On an accelerator there are larger counts. MinAtar is measured where pgx is installed; what is left out is said.
 """
 
 import contextlib
@@ -25,22 +26,21 @@ import functools
 import importlib.util
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import gymnasium
 import jax
 import numpy as np
 
 from dqn_jax import footprint, spaces
-from dqn_jax.bench import compiled_loops, report, series
+from dqn_jax.bench import compiled_loops, report, series, settings
 from dqn_jax.bench.compiled_loops import Outcome
 from dqn_jax.bench.series import Contender, Done, Group
-from dqn_jax.bench.settings import PLAIN, Setting, options
+from dqn_jax.bench.settings import Setting, options
 from dqn_jax.envs import make, true_successors
 from dqn_jax.presets.dqn import DQN, dqn
-from dqn_jax.presets.dqn_sets import PRESETS
 from dqn_jax.programs import compute_inline, device_per_core
 from dqn_jax.seeds import num_in_one_memory, over_seeds
 from dqn_jax.training import train
@@ -48,7 +48,7 @@ from dqn_jax.types import Agent, Env
 
 REPEATS = 3
 SEED_CAPACITY = 50_000  # Transitions that a seed keeps at most.
-EVALUATED, EPISODES = 128, 20  # Seeds whose greedy return is shown, and episodes of each.
+EVALUATED, EPISODES = 128, 20  # Seeds whose greedy return is shown, at most, and episodes of each.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +59,8 @@ class Options:
     """Compute on the one thread that asks (``dqn_jax.compute_inline``)."""
     spread: bool = False
     """Make each core a device (``dqn_jax.device_per_core``) and measure what that is for: seeds alone."""
+    only: tuple[Literal["CartPole", "MinAtar Breakout"], ...] = ("CartPole", "MinAtar Breakout")
+    """What is learnt; the host loop learns CartPole."""
     quick: bool = False
     """A little of everything, to see that it runs: these numbers are no result."""
     out: Path | None = None
@@ -72,50 +74,60 @@ class Game(NamedTuple):
       env_id: for ``dqn_jax.make``.
       env_args: its parameters.
       options: of the agent.
+      setting: the same for the peer, but for the replay's size.
       needs: the package that it needs beyond the required ones, or "".
-      setting: the same for the peer, but for the replay's size; None where it has no network for the game.
     """
 
     env_id: str
     env_args: dict[str, Any]
     options: dict[str, Any]
-    needs: str
-    setting: Setting | None
+    setting: Setting
+    needs: str = ""
 
 
-def _at_once(agent_options: dict[str, Any]) -> dict[str, Any]:
-    """The options, but learning begins with the first full batch."""
-    return agent_options | {"replay_start_size": agent_options["batch_size"]}
+def _at_once(setting: Setting) -> Setting:
+    """The setting, but learning begins with the first full batch."""
+    return setting._replace(warmup=setting.batch_size)
 
 
 CARTPOLE, MINATAR = "CartPole", "MinAtar Breakout"
-AT_ONCE = PLAIN._replace(warmup=PLAIN.batch_size)
+PLAIN_NOW, MINATAR_NOW = _at_once(settings.PLAIN), _at_once(settings.MINATAR)
 GAMES = {
     # As shipped, the JAX version differs from CartPole-v1 in this product.
-    CARTPOLE: Game("phys2d/CartPole-v1", {"polemass_length": 0.05}, _at_once(options(PLAIN)), "", AT_ONCE),
-    MINATAR: Game("pgx/minatar-breakout", {}, _at_once(PRESETS["minatar"]), "pgx", None),
+    CARTPOLE: Game("phys2d/CartPole-v1", {"polemass_length": 0.05}, options(PLAIN_NOW), PLAIN_NOW),
+    MINATAR: Game("pgx/minatar-breakout", {}, options(MINATAR_NOW) | {"frames": "single"}, MINATAR_NOW, "pgx"),
 }
+
+
+class Amount(NamedTuple):
+    """How much of a game the compiled loops are measured on.
+
+    Attributes:
+      counts: of environments, and of seeds.
+      env_steps: transitions of a loop with several environments, of all together; rounded up to whole rows.
+      seed_steps: transitions of each seed.
+      with_peer: whether a loop in the style of PureJaxRL takes turns with ours over seeds.
+    """
+
+    counts: tuple[int, ...]
+    env_steps: int
+    seed_steps: int
+    with_peer: bool
 
 
 class Sizes(NamedTuple):
     """How much is measured.
 
     Attributes:
-      counts: of environments, and of seeds.
-      host_steps: transitions of a measured host loop, of all environments together; rounded down to whole updates.
-      env_steps: transitions of a compiled loop with several environments, of all together; rounded up to whole rows.
-      seed_steps: transitions of each seed, by game.
-      games: names out of GAMES, for the compiled loops.
-      with_peer: whether a loop in the style of PureJaxRL takes turns with ours.
+      counts: of environments of the host loop.
+      host_steps: its transitions, of all environments together; rounded down to whole updates.
+      games: by name out of GAMES, for the compiled loops.
       repeats: measurements of each count.
     """
 
     counts: tuple[int, ...]
     host_steps: int
-    env_steps: int
-    seed_steps: dict[str, int]
-    games: tuple[str, ...]
-    with_peer: bool
+    games: dict[str, Amount]
     repeats: int = REPEATS
 
 
@@ -127,10 +139,12 @@ def sizes(backend: str, quick: bool = False) -> Sizes:
       quick: a little of everything.
     """
     if quick:
-        return Sizes((16,), 512, 2_048, {CARTPOLE: 512}, (CARTPOLE,), True)
+        return Sizes((16,), 512, {CARTPOLE: Amount((16,), 2_048, 512, True)})
     if backend == "cpu":
-        return Sizes((1, 16, 128, 1024), 16_384, 131_072, {CARTPOLE: 2_048}, (CARTPOLE,), False)
-    return Sizes((1, 128, 1024, 4096), 8_192, 8_192, {CARTPOLE: 8_192, MINATAR: 2_048}, (CARTPOLE, MINATAR), True)
+        counts = (1, 16, 128, 1024)
+        return Sizes(counts, 16_384, {CARTPOLE: Amount(counts, 131_072, 2_048, False), MINATAR: Amount((1, 16), 16_384, 2_048, True)})
+    counts = (1, 128, 1024, 4096)
+    return Sizes(counts, 8_192, {CARTPOLE: Amount(counts, 8_192, 8_192, True), MINATAR: Amount(counts, 8_192, 2_048, True)})
 
 
 # The host loop.
@@ -242,7 +256,7 @@ def seeds(name: str, count: int, steps: int, repeats: int, with_peer: bool) -> d
       count: of seeds.
       steps: transitions of each; rounded up as ``dqn_jax.train`` does. Its replay keeps them all, up to SEED_CAPACITY.
       repeats: measurements.
-      with_peer: whether a loop in the style of PureJaxRL takes turns, where it can.
+      with_peer: whether a loop in the style of PureJaxRL takes turns; then the greedy return of both is told.
 
     Returns:
       A point for each, as ``series.in_turns`` gives it.
@@ -261,10 +275,10 @@ def seeds(name: str, count: int, steps: int, repeats: int, with_peer: bool) -> d
     replay_bytes = count * _replay_bytes(agent, env, 1, num_in_one_memory(count))
     first = f"compiled loop, seeds, {name}"
     loops = {first: ours(agent, env, steps)}
-    if with_peer and game.setting:
+    if with_peer:
         loops[f"{first}, PureJaxRL style"] = compiled_loops.purejaxrl_style(env, game.setting._replace(capacity=capacity), steps)
     keys = [jax.random.split(jax.random.key(seed), count) for seed in range(repeats)]
-    evaluate = _evaluation(env, game.setting) if game.setting and with_peer and count >= EVALUATED else None
+    evaluate = _evaluation(env, game.setting, min(count, EVALUATED)) if with_peer else None
     contenders = {}
     for title, run in loops.items():
         known = replay_bytes if title == first else None  # The peer does not hand out its replay.
@@ -273,7 +287,8 @@ def seeds(name: str, count: int, steps: int, repeats: int, with_peer: bool) -> d
 
 
 def _alone(run: Callable[[Any], Outcome]) -> Callable[[Any], Outcome]:
-    return lambda keys: run(keys[0])  # One lane would be slower than none.
+    """The loop for one key, in the form of that for several. (A ``vmap`` over one would be slower.)"""
+    return lambda keys: jax.tree.map(lambda leaf: leaf[None], run(keys[0]))
 
 
 def _replay_bytes(agent: Agent, env: Env, num_envs: int, copies: int = 1) -> int:
@@ -284,15 +299,15 @@ def _replay_bytes(agent: Agent, env: Env, num_envs: int, copies: int = 1) -> int
     return footprint.num_bytes(state.memory)
 
 
-def _evaluation(env: Env, setting: Setting) -> Callable[[Any], float]:
-    """From the parameters of many seeds to the mean greedy return of the first EVALUATED."""
+def _evaluation(env: Env, setting: Setting, count: int) -> Callable[[Any], float]:
+    """From the parameters of so many seeds or more to the mean greedy return of the first."""
 
     @jax.jit
     def returns(params: Any) -> Any:
-        keys = jax.random.split(jax.random.key(0), EVALUATED)
+        keys = jax.random.split(jax.random.key(0), count)
         return jax.vmap(lambda params, key: compiled_loops.greedy_returns(env, setting, params, key, EPISODES))(params, keys)
 
-    return lambda params: float(np.mean(returns(jax.tree.map(lambda leaf: np.asarray(leaf[:EVALUATED]), params))))
+    return lambda params: float(np.mean(returns(jax.tree.map(lambda leaf: np.asarray(leaf[:count]), params))))
 
 
 def compiled(
@@ -319,7 +334,7 @@ def compiled(
 
 def missing(chosen: Sizes) -> dict[str, str]:
     """The games that are left out, and why."""
-    why = {name: "on accelerators only, and not where it has to be quick" for name in GAMES if name not in chosen.games}
+    why = {name: "it was not asked for, or would not be quick" for name in GAMES if name not in chosen.games}
     for name in chosen.games:
         needs = GAMES[name].needs
         if needs and importlib.util.find_spec(needs) is None:
@@ -329,28 +344,36 @@ def missing(chosen: Sizes) -> dict[str, str]:
 
 def plan(chosen: Sizes) -> list[Group]:
     """All series."""
-    counts, repeats, unit = chosen.counts, chosen.repeats, "steps per second"
-    groups = [Group("environments", unit, (host_loop(count, chosen.host_steps, repeats) for count in counts))]
-    for name in (name for name in chosen.games if name not in missing(chosen)):
+    repeats, unit = chosen.repeats, "steps per second"
+    groups = [Group("environments", unit, (host_loop(count, chosen.host_steps, repeats) for count in chosen.counts))]
+    left_out = missing(chosen)
+    for name, amount in chosen.games.items():
+        if name in left_out:
+            continue
         # Bound now: a generator would look the game up when it is asked for its points, after the last one.
-        several = functools.partial(environments, name, steps=chosen.env_steps, repeats=repeats)
-        many = functools.partial(seeds, name, steps=chosen.seed_steps[name], repeats=repeats, with_peer=chosen.with_peer)
-        groups += [Group("environments", unit, map(several, counts)), Group("seeds", unit, map(many, counts))]
+        several = functools.partial(environments, name, steps=amount.env_steps, repeats=repeats)
+        many = functools.partial(seeds, name, steps=amount.seed_steps, repeats=repeats, with_peer=amount.with_peer)
+        groups += [Group("environments", unit, map(several, amount.counts)), Group("seeds", unit, map(many, amount.counts))]
     return groups
 
 
-def measure(quick: bool = False, keep: Callable[[dict[str, Any]], None] | None = None, seeds_only: bool = False) -> dict[str, Any]:
+def measure(
+    quick: bool = False, keep: Callable[[dict[str, Any]], None] | None = None, seeds_only: bool = False, only: Collection[str] = (*GAMES,)
+) -> dict[str, Any]:
     """Everything, on the default backend.
 
     Args:
       quick: a little of everything.
       keep: is given what has been measured so far, after each count.
       seeds_only: leave out what is not counted along seeds.
+      only: names out of GAMES.
 
     Returns:
       As ``measure_sizes``.
     """
-    return measure_sizes(sizes(jax.default_backend(), quick), keep, seeds_only)
+    chosen = sizes(jax.default_backend(), quick)
+    games = {name: amount for name, amount in chosen.games.items() if name in only}
+    return measure_sizes(chosen._replace(counts=chosen.counts if CARTPOLE in only else (), games=games), keep, seeds_only)
 
 
 def measure_sizes(chosen: Sizes, keep: Callable[[dict[str, Any]], None] | None = None, seeds_only: bool = False) -> dict[str, Any]:
@@ -369,7 +392,8 @@ def measure_sizes(chosen: Sizes, keep: Callable[[dict[str, Any]], None] | None =
       MemoryError: if replays are larger than the device's memory.
     """
     groups = [group for group in plan(chosen) if group.axis == "seeds" or not seeds_only]
-    return series.measure(groups, {"device": str(jax.devices()[0]), "sizes": chosen._asdict(), "left_out": missing(chosen)}, keep)
+    said = chosen._asdict() | {"games": {name: amount._asdict() for name, amount in chosen.games.items()}}
+    return series.measure(groups, {"device": str(jax.devices()[0]), "sizes": said, "left_out": missing(chosen)}, keep)
 
 
 def main() -> None:
@@ -381,8 +405,8 @@ def main() -> None:
         compute_inline()
     if options.spread:
         device_per_core()
-    seeds_alone = functools.partial(measure, seeds_only=options.spread)
-    series.run(seeds_alone, options.quick, options.out, inline=options.inline, spread=options.spread)
+    asked = functools.partial(measure, seeds_only=options.spread, only=options.only)
+    series.run(asked, options.quick, options.out, inline=options.inline, spread=options.spread)
 
 
 if __name__ == "__main__":

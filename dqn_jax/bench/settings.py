@@ -56,6 +56,9 @@ PLAIN = Setting(
 )
 """A setting that every contender can do: one-step returns and a single network."""
 
+MINATAR = PLAIN._replace(hidden=(128,), batch_size=32, capacity=100_000, warmup=5_000, epsilon=(1.0, 0.1, 100_000), target_interval=1_000)
+"""The plain setting for MinAtar's games: the sizes of the preset "minatar", behind whose convolution the hidden layer stands."""
+
 _NAMES = {
     "hidden": "hidden",
     "batch_size": "batch_size",
