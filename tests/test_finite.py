@@ -51,7 +51,7 @@ class Steep:
         return jnp.stack([hidden.mean(axis=1), -hidden.mean(axis=1)], axis=1)
 
 
-@pytest.mark.parametrize("width", [4, finite.SMALL])  # A choice between old and new, and a branch.
+@pytest.mark.parametrize("width", [4, finite.SMALL])  # Looked at as one vector, and leaf by leaf.
 def test_a_gradient_alone_is_enough(width):
     algorithm = dqn(Steep(width), optax.adam(0.1), epsilon=0.1, head=expected("mse"), double=False, finite_changes=True)
 
