@@ -14,7 +14,7 @@ import numpy as np
 
 from dqn_jax.types import Agent, AgentState
 
-SMALL = 50_000  # Up to so many numbers one long vector costs less than several.
+SMALL = 50_000  # Up to so many numbers one long vector costs less than several, and on an accelerator a choice less than a branch.
 TOO_LARGE = 1e15  # No network that learns has such numbers, and products of a few are infinite.
 PATIENCE = 20  # Calls that learn, or updates of a compiled run, that may be refused in a row.
 
@@ -57,8 +57,12 @@ def learn_if(sound: chex.Array, learn: Callable[[Any], Any], learner: Any) -> An
       learn: what an update does once its gradient is known.
       learner: any pytree.
     """
-    # A branch, and not a choice between old and new. That is an operation for each leaf, all of them ready at the same time, and where more
-    # than eight are, XLA's CPU runtime wakes another thread for half of them: 85 us more for an update of 2 x 64 units, a branch 2.
+    # A choice between old and new keeps both alive, where an update could have written in place: for large networks it copies. For small
+    # ones it is an operation for each leaf, all of them ready at the same time, and where more than eight are, XLA's CPU runtime wakes
+    # another thread for half of them: 85 us more for an update of 2 x 64 units in a loop in Python, where a branch costs 2. On an
+    # accelerator a branch may wait for the host.
+    if jax.default_backend() != "cpu" and sum(leaf.size for leaf in jax.tree.leaves(learner)) <= 4 * SMALL:
+        return choose(sound, learn(learner), learner)
     return jax.lax.cond(sound, learn, lambda learner: learner, learner)
 
 

@@ -82,6 +82,19 @@ def _endless(time_limit: int) -> dqn_jax.Env:
     return with_auto_reset(reset, transition, OBSERVATIONS, ACTIONS, time_limit)
 
 
+def images(time_limit: int | None) -> dqn_jax.Env:
+    """Random images like MinAtar's and three actions; every step pays 1, and only the time limit ends an episode."""
+    space = spaces.Box(0, 1, (10, 10, 4), np.bool_)
+
+    def look(key: jax.Array) -> jax.Array:
+        return jax.random.bernoulli(key, 0.5, space.shape)
+
+    def transition(key: jax.Array, nothing: jax.Array, action: jax.Array) -> tuple[Any, ...]:
+        return nothing, look(key), jnp.ones(()), NO, NO
+
+    return with_auto_reset(lambda key: (jnp.zeros(()), look(key)), transition, space, spaces.Discrete(3), time_limit)
+
+
 def chain_probe(length: int, gamma: float) -> Probe:
     """The value of a reward that lies ``length`` steps ahead."""
     values = [gamma ** (length - 1 - place) for place in range(length)]

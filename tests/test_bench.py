@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from probe_envs import images
 
 from dqn_jax import networks
 from dqn_jax.bench import compiled_loops, host_loops, libtorch, loops, one_loop, peers, torch_loops
-from dqn_jax.bench.settings import DECK, MINATAR, PLAIN, epsilon_at, options
-from dqn_jax.envs import make, with_auto_reset
-from dqn_jax.networks import ConvQNetwork
+from dqn_jax.bench.settings import DECK, PLAIN, PLAIN_IMAGES, epsilon_at, options, require_plain_targets
+from dqn_jax.envs import make
 from dqn_jax.presets.dqn import dqn, dqn_options
 from dqn_jax.presets.dqn_sets import PRESETS
 
@@ -91,39 +91,37 @@ def test_compiled_loops_make_the_same_updates(name):
     assert int(outcome.updates) == (steps - 100) // 4 + 1
 
 
-def images(time_limit):
-    """Random images like MinAtar's, three actions; an episode ends on a seventh of the steps."""
-    space = gymnasium.spaces.Box(0, 1, (10, 10, 4), np.bool_)
-
-    def look(key):
-        return jax.random.bernoulli(key, 0.5, space.shape)
-
-    def transition(key, state, action):
-        return state, look(key), jnp.float32(1), jax.random.bernoulli(key, 1 / 7), jnp.zeros((), jnp.bool_)
-
-    return with_auto_reset(lambda key: (jnp.zeros(()), look(key)), transition, space, gymnasium.spaces.Discrete(3), time_limit)
-
-
 def test_others_convolutions_are_ours():
-    env, setting = images(None), MINATAR
+    env, setting = images(None), PLAIN_IMAGES
     network = compiled_loops.ordinary_network(env, setting)
     observation = jax.random.bernoulli(jax.random.key(0), 0.5, (5, 10, 10, 4))
     params = network.init(jax.random.key(1), observation)
-    ours = ConvQNetwork(3, networks.MINATAR, setting.hidden, lambda x: x.astype(jnp.float32))
+    ours = compiled_loops.our_network(env, setting)
+    assert isinstance(network, compiled_loops.FlaxQNetwork) and ours.convolutions == networks.MINATAR
     np.testing.assert_allclose(network.apply(params, observation), ours.apply(params, observation), rtol=1e-4, atol=1e-5)
     state = dqn(env, **options(setting._replace(warmup=32, capacity=64))).init(jax.random.key(1), observation[:1])
     assert jax.tree.map(jnp.shape, state.learner.params) == jax.tree.map(jnp.shape, params)
 
 
 @pytest.mark.parametrize("time_limit", [None, 20])
-def test_compiled_loops_of_images_make_the_same_updates_and_are_evaluated(time_limit):
+def test_compiled_loops_of_images_make_the_same_updates_and_are_evaluated(monkeypatch, time_limit):
+    monkeypatch.setattr(compiled_loops, "MOST_STEPS", 30)
     env = images(time_limit)
-    setting = MINATAR._replace(hidden=(8,), batch_size=8, warmup=40, capacity=64)
+    setting = PLAIN_IMAGES._replace(hidden=(8,), batch_size=8, warmup=40, capacity=64)
     for make_loop in (compiled_loops.ours, compiled_loops.purejaxrl_style):
         outcome = jax.jit(make_loop(env, setting, 80))(jax.random.key(0))
         assert (int(outcome.steps), int(outcome.updates)) == (80, 11)
         returns = compiled_loops.greedy_returns(env, setting, outcome.params, jax.random.key(1), 4)
-        assert returns.shape == (4,) and float(returns.min()) >= 1
+        np.testing.assert_array_equal(returns, np.full(4, time_limit or 30))  # A step pays 1, and nothing else ends an episode.
+
+
+def test_the_plain_settings_are_plain():
+    preset = PRESETS["minatar"]
+    assert PLAIN_IMAGES._replace(hidden=(), n_steps=0) == PLAIN._replace(
+        hidden=(), n_steps=0, **{name: preset[name] for name in ("batch_size", "capacity", "epsilon")}, warmup=5_000, target_interval=1_000
+    )
+    for setting in (PLAIN, PLAIN_IMAGES):
+        require_plain_targets(setting, "anybody")
 
 
 @pytest.mark.parametrize("make_loop", [host_loops.numpy_replay, peers.cleanrl_style])

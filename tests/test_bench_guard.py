@@ -4,7 +4,9 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import optax
 
+import dqn_jax
 from dqn_jax import finite
 from dqn_jax.bench import guard
 
@@ -30,3 +32,12 @@ def test_one_of_both_looks(monkeypatch):
 
     guard.measure(build, 1)
     assert seen == ["with"]
+
+
+def test_the_loop_in_python_makes_an_update_in_each_step(monkeypatch):
+    agents = []
+    monkeypatch.setattr(guard, "DQN", lambda *args, **options: agents.append(dqn_jax.DQN(*args, **options)) or agents[-1])
+    run = guard.host_steps(optax.sgd(1e-3), steps=70)
+    run()
+    run()
+    assert agents[0].get_statistics()["n_updates"] == 2 * 70 - 64  # A step is stored when its successor is seen: the last one waits.

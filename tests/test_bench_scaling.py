@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from probe_envs import images
 
 from dqn_jax.bench import scaling
 from dqn_jax.bench.compiled_loops import Outcome
+from dqn_jax.bench.settings import options
 from dqn_jax.presets.dqn import dqn
 
-CARTPOLE, MINATAR = scaling.CARTPOLE, scaling.MINATAR
+CARTPOLE, BREAKOUT = scaling.CARTPOLE, scaling.BREAKOUT
 TINY = scaling.Sizes(counts=(8,), host_steps=100, games={CARTPOLE: scaling.Amount((8,), 128, 100, True)}, repeats=2)
 HOST, SEVERAL, MANY = "host loop, CartPole", "compiled loop, environments, CartPole", "compiled loop, seeds, CartPole"
 PEER = MANY + ", PureJaxRL style"
@@ -32,7 +34,7 @@ def series(tmp_path_factory):
     written = json.loads(out.read_text())
     assert written["inline"] is False and written["spread"] is False and written["sizes"]["repeats"] == 2
     assert written["sizes"]["games"] == {CARTPOLE: {"counts": [8], "env_steps": 128, "seed_steps": 100, "with_peer": True}}
-    assert written["left_out"] == {MINATAR: "it was not asked for, or would not be quick"}
+    assert written["left_out"] == {BREAKOUT: "--quick or --only leaves it out"}
     return {name: one["points"] for name, one in written["series"].items()}
 
 
@@ -93,11 +95,11 @@ def test_ours_and_the_peer_make_the_same_steps_where_these_are_rounded():
 # What is chosen.
 
 
-def test_accelerators_get_more_of_everything_but_what_is_quick():
+def test_accelerators_get_larger_counts_and_what_is_quick_has_little():
     cpu, gpu, tpu, quick = (scaling.sizes(*which) for which in (("cpu",), ("gpu",), ("tpu",), ("cpu", True)))
     assert cpu.counts == (1, 16, 128, 1024) and gpu.counts == (1, 128, 1024, 4096) and gpu == tpu
     assert cpu.repeats == gpu.repeats == quick.repeats == 3
-    assert [*cpu.games] == [*gpu.games] == [CARTPOLE, MINATAR] and [*quick.games] == [CARTPOLE]
+    assert [*cpu.games] == [*gpu.games] == [CARTPOLE, BREAKOUT] and [*quick.games] == [CARTPOLE]
     assert [cpu.games[name].with_peer for name in cpu.games] == [False, True]  # For CartPole there is the section loops.
     assert all(amount.with_peer and amount.counts == gpu.counts for amount in gpu.games.values())
     assert quick == scaling.sizes("gpu", True)
@@ -109,29 +111,29 @@ def test_the_sizes_fit_every_count(which):
     chosen = scaling.sizes(*which)
     observations = {
         CARTPOLE: gymnasium.spaces.Box(-1, 1, (4,), np.float32),
-        MINATAR: gymnasium.spaces.Box(0, 1, (10, 10, 4), np.bool_),
+        BREAKOUT: gymnasium.spaces.Box(0, 1, (10, 10, 4), np.bool_),
     }
-    host = dqn((observations[CARTPOLE], gymnasium.spaces.Discrete(2)), **scaling.GAMES[CARTPOLE].options)
+    host = dqn((observations[CARTPOLE], gymnasium.spaces.Discrete(2)), **options(scaling.GAMES[CARTPOLE].setting))
     assert all(chosen.host_steps // (host.cadence(count).rows * count) >= 1 for count in chosen.counts)
     for name, amount in chosen.games.items():
-        space, options = observations[name], scaling.GAMES[name].options
-        agent = dqn((space, gymnasium.spaces.Discrete(2)), **options)
+        space, setting = observations[name], scaling.GAMES[name].setting
+        agent = dqn((space, gymnasium.spaces.Discrete(2)), **options(setting))
         for count in amount.counts:
             cadence = agent.cadence(count)
             assert cadence.updates * 4 == cadence.rows * count
             jax.eval_shape(agent.init, jax.random.key(0), jnp.zeros((count, *space.shape), space.dtype))  # Raises if a replay is too small.
-            assert amount.seed_steps >= 4 * options["batch_size"]
+            assert amount.seed_steps >= 4 * setting.batch_size
 
 
 def test_what_is_left_out_is_named_with_the_reason(monkeypatch):
-    assert scaling.missing(scaling.sizes("cpu", True)) == {MINATAR: "it was not asked for, or would not be quick"}
+    assert scaling.missing(scaling.sizes("cpu", True)) == {BREAKOUT: "--quick or --only leaves it out"}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert scaling.missing(scaling.sizes("gpu")) == {MINATAR: "it needs pgx: pip install 'dqn_jax[pgx]'"}
+    assert scaling.missing(scaling.sizes("gpu")) == {BREAKOUT: "it needs pgx: pip install 'dqn_jax[pgx]'"}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     assert scaling.missing(scaling.sizes("gpu")) == {}
 
 
-@pytest.mark.parametrize(("is_there", "games"), [(object(), [CARTPOLE, MINATAR]), (None, [CARTPOLE])], ids=["pgx", "no pgx"])
+@pytest.mark.parametrize(("is_there", "games"), [(object(), [CARTPOLE, BREAKOUT]), (None, [CARTPOLE])], ids=["pgx", "no pgx"])
 def test_each_series_measures_its_own_game(monkeypatch, is_there, games):
     for name in ("environments", "seeds"):
         monkeypatch.setattr(scaling, name, lambda game, count, steps, repeats, with_peer=None: (game, count, steps))
@@ -148,19 +150,34 @@ def test_each_series_measures_its_own_game(monkeypatch, is_there, games):
 
 
 def test_spread_measures_seeds_alone(monkeypatch):
-    nothing = TINY._replace(counts=(), games={CARTPOLE: scaling.Amount((), 1, 1, True)})
     monkeypatch.setattr(scaling.series, "measure", lambda groups, measured, keep: [group.axis for group in groups])
-    assert scaling.measure_sizes(nothing, seeds_only=True) == ["seeds"]
-    assert scaling.measure_sizes(nothing) == ["environments", "environments", "seeds"]
+    assert scaling.measure_sizes(TINY, seeds_only=True) == ["seeds"]
+    assert scaling.measure_sizes(TINY) == ["environments", "environments", "seeds"]
+
+
+def test_convolutions_of_flax_are_told_apart_from_the_loop(monkeypatch):
+    monkeypatch.setattr(scaling, "make", lambda env_id: images(20))
+    monkeypatch.setattr(scaling, "EPISODES", 2)
+    first, *peers = points = scaling.seeds(BREAKOUT, 2, 100, 1, True)
+    assert peers == [f"{first}, PureJaxRL style", f"{first}, PureJaxRL style, our convolutions"]
+    assert {(one["steps"], one["updates"]) for one in points.values()} == {(200, 2 * (100 - 32 + 4) // 4)}
+    # A step pays 1, and the time limit ends every episode.
+    assert all(1 <= one["return"] <= 20 for one in points.values())
 
 
 def test_one_game_is_measured_where_it_alone_is_asked_for(monkeypatch):
     monkeypatch.setattr(scaling, "measure_sizes", lambda chosen, keep, seeds_only: (chosen.counts, [*chosen.games]))
     everything = scaling.sizes(jax.default_backend())
-    assert scaling.measure() == (everything.counts, [CARTPOLE, MINATAR])
+    assert scaling.measure() == (everything.counts, [CARTPOLE, BREAKOUT])
     assert scaling.measure(only=(CARTPOLE,)) == (everything.counts, [CARTPOLE])
-    assert scaling.measure(only=(MINATAR,)) == ((), [MINATAR])
+    assert scaling.measure(only=(BREAKOUT,)) == ((), [BREAKOUT])
     assert set(scaling.Options().only) == {*scaling.GAMES}
+
+
+def test_nothing_to_measure_is_an_error_of_one_line(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["scaling", "--quick", "--only", BREAKOUT])
+    with pytest.raises(SystemExit, match="nothing is left to measure: CartPole: --quick or --only leaves it out; Breakout"):
+        scaling.main()
 
 
 def test_work_that_would_measure_nothing_is_refused():

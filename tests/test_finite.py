@@ -51,6 +51,15 @@ class Steep:
         return jnp.stack([hidden.mean(axis=1), -hidden.mean(axis=1)], axis=1)
 
 
+@pytest.mark.parametrize(
+    ("backend", "width", "branches"), [("cpu", 4, 1), ("cpu", 5 * finite.SMALL, 1), ("gpu", 4, 0), ("gpu", 5 * finite.SMALL, 1)]
+)
+def test_small_learners_are_chosen_on_accelerators_only(monkeypatch, backend, width, branches):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    program = jax.make_jaxpr(lambda sound, x: finite.learn_if(sound, lambda x: x + 1, x))(True, jnp.zeros(width))
+    assert [equation.primitive.name for equation in program.eqns].count("cond") == branches
+
+
 @pytest.mark.parametrize("width", [4, finite.SMALL])  # Looked at as one vector, and leaf by leaf.
 def test_a_gradient_alone_is_enough(width):
     algorithm = dqn(Steep(width), optax.adam(0.1), epsilon=0.1, head=expected("mse"), double=False, finite_changes=True)

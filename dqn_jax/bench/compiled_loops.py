@@ -12,8 +12,9 @@ from flax import linen as nn
 from dqn_jax.algorithms.dqn import DQNState
 from dqn_jax.bench.host_loops import q_loss
 from dqn_jax.bench.settings import Setting, epsilon_at, options, require_plain_targets
-from dqn_jax.networks import MINATAR, QNetwork
-from dqn_jax.presets.dqn import dqn
+from dqn_jax.networks import ConvQNetwork, QNetwork
+from dqn_jax.presets.dqn import dqn, dqn_options
+from dqn_jax.presets.reading import q_network
 from dqn_jax.training import evaluate, train
 from dqn_jax.types import AgentState, Env
 
@@ -55,22 +56,17 @@ def ours(env: Env, setting: Setting, steps: int) -> Callable[[chex.PRNGKey], Out
 
 
 class FlaxQNetwork(nn.Module):
-    """``dqn_jax.networks.ConvQNetwork`` as others write it, of ``flax.linen.Conv``; the parameters are the same.
-
-    Attributes:
-      num_actions: the number A of actions.
-      convolutions: (filters, kernel size, stride) of each.
-      hidden: width of each hidden layer after them.
-    """
+    """``dqn_jax.networks.ConvQNetwork`` as one writes it with flax, of ``flax.linen.Conv``; attributes and parameters are the same."""
 
     num_actions: int
     convolutions: Sequence[tuple[int, int, int]]
     hidden: Sequence[int]
+    image: Callable[[chex.ArrayTree], chex.Array]
 
     @nn.compact
-    def __call__(self, x: chex.Array) -> chex.Array:
-        """The values ``[B, A]`` of images ``[B, H, W, C]``."""
-        x = x.astype(jnp.float32)
+    def __call__(self, observation: chex.ArrayTree) -> chex.Array:
+        """The values ``[B, A]`` of a batch of observations ``[B, ...]``."""
+        x = self.image(observation)  # [B, H, W, C]
         for filters, size, stride in self.convolutions:
             x = nn.relu(nn.Conv(filters, (size, size), stride, padding="VALID")(x))
         x = x.reshape(x.shape[0], -1)
@@ -79,12 +75,17 @@ class FlaxQNetwork(nn.Module):
         return nn.Dense(self.num_actions)(x)
 
 
+def our_network(env: Env, setting: Setting) -> QNetwork | ConvQNetwork:
+    """The network that the preset builds for a setting."""
+    return q_network(dqn_options(**options(setting)), env.observation_space, int(env.action_space.n))  # type: ignore[attr-defined]
+
+
 def ordinary_network(env: Env, setting: Setting) -> QNetwork | FlaxQNetwork:
-    """What others take where our preset takes its own network: for MinAtar's images there is an ordinary convolution in it."""
-    num_actions = int(env.action_space.n)  # type: ignore[attr-defined]
-    if len(env.observation_space.shape or ()) == 3:
-        return FlaxQNetwork(num_actions, MINATAR, setting.hidden)
-    return QNetwork(num_actions, setting.hidden)
+    """The same, but its convolutions, where it has any, are flax's."""
+    ours = our_network(env, setting)
+    if isinstance(ours, ConvQNetwork):
+        return FlaxQNetwork(ours.num_actions, ours.convolutions, ours.hidden, ours.image)
+    return ours
 
 
 class Carry(NamedTuple):
@@ -101,14 +102,18 @@ class Carry(NamedTuple):
     updates: chex.Array
 
 
-def purejaxrl_style(env: Env, setting: Setting, steps: int) -> Callable[[chex.PRNGKey], Outcome]:
+def purejaxrl_style(env: Env, setting: Setting, steps: int, network: Any = None) -> Callable[[chex.PRNGKey], Outcome]:
     """After PureJaxRL's dqn: one scan over environment steps, keys split in the carry, counters that decide by ``cond`` when to learn.
+
+    Args:
+      env, setting, steps: as for ``ours``.
+      network: for the environment's observations and actions; by default ``ordinary_network``.
 
     Raises:
       ValueError: on n-step returns or Double DQN.
     """
     require_plain_targets(setting, "purejaxrl-style")
-    network, optimizer = ordinary_network(env, setting), optax.adam(setting.learning_rate)
+    network, optimizer = network or ordinary_network(env, setting), optax.adam(setting.learning_rate)
 
     def step(carry: Carry, _: None) -> tuple[Carry, tuple[Any, ...]]:
         key, key_coin, key_action, key_step, key_batch = jax.random.split(carry.key, 5)
@@ -156,5 +161,4 @@ def greedy_returns(env: Env, setting: Setting, params: Any, key: chex.PRNGKey, e
     of an episode, what it has come to after MOST_STEPS."""
     nothing: Any = ()
     state = AgentState(DQNState(params, *[nothing] * 3), *[nothing] * 5)
-    max_steps = None if env.time_limit else MOST_STEPS
-    return evaluate(dqn(env, **options(setting)), env, num_episodes=episodes, max_steps=max_steps)(state, key)
+    return evaluate(dqn(env, **options(setting)), env, num_episodes=episodes, max_steps=env.time_limit or MOST_STEPS)(state, key)

@@ -1,8 +1,8 @@
 """What it costs to look whether an update is finite: ``python -m dqn_jax.bench.guard --inline``.
 
-The same update inside a compiled loop, with the look (``dqn_jax.finite``) and without it: it is taken out by putting functions that do
-nothing in its place while the program is traced, in this process, so that both take turns. Compilation is apart; medians and ranges are
-over the rounds.
+The same update inside a compiled loop, and the same step of a loop in Python, with the look (``dqn_jax.finite``) and without it: it is
+taken out by putting functions that do nothing in its place while the program is traced, in this process, so that both take turns.
+Compilation is apart; medians and ranges are over the rounds.
 """
 
 import contextlib
@@ -15,11 +15,14 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 from gymnasium import spaces
 
 from dqn_jax import finite, training
 from dqn_jax.bench import family, report
 from dqn_jax.envs import make
+from dqn_jax.presets.dqn import DQN
 from dqn_jax.presets.ppo import ppo
 from dqn_jax.presets.sac import sac
 from dqn_jax.programs import compute_inline
@@ -40,6 +43,32 @@ class Options:
     """One small batch and two rounds, to see that it runs: these numbers are no result."""
     out: Path | None = None
     """A JSON file for everything measured."""
+
+
+def host_steps(optimizer: optax.GradientTransformation | None = None, steps: int = 500) -> Callable[[], Any]:
+    """A function that makes so many steps of ``act_and_train``, an update in each: 2 x 64, batch 64.
+
+    Args:
+      optimizer: the caller's, after which all that was learnt is looked through, or None.
+      steps: of a call.
+    """
+    options: dict[str, Any] = {
+        "hidden": (64, 64),
+        "batch_size": 64,
+        "replay_start_size": 64,
+        "update_interval": 1,
+        "capacity": 10_000,
+        "n_steps": 1,
+    }
+    agent = DQN((spaces.Box(-1, 1, (4,)), spaces.Discrete(2)), optimizer=optimizer, **options)
+    observation = np.zeros(4, np.float32)
+
+    def run() -> None:
+        for _ in range(steps):
+            agent.act_and_train(observation, 1.0)
+        agent.get_statistics()  # Waits.
+
+    return run
 
 
 def sac_updates(updates: int = 20) -> Callable[[], Any]:
@@ -84,7 +113,11 @@ def contenders(quick: bool) -> dict[str, Callable[[], Callable[[], Any]]]:
         return {"DQN, 2 x 64, batch 8": lambda: family.updates_of(family.QUICK["2 x 64, batch 8"], {})}
     works = {f"DQN, {name}": work for name, work in family.WORK.items()}
     dqns = {name: lambda work=work: family.updates_of(work, {}) for name, work in works.items()}  # type: ignore[misc]
-    return {**dqns, "SAC, 2 x 256, batch 256": sac_updates, "PPO, 64 x 128 steps of CartPole": ppo_rollouts}
+    hosts = {
+        "DQN from Python, 2 x 64, batch 64": host_steps,
+        "the same, the caller's optimizer": lambda: host_steps(optax.adam(1e-3)),
+    }
+    return {**dqns, **hosts, "SAC, 2 x 256, batch 256": sac_updates, "PPO, 64 x 128 steps of CartPole": ppo_rollouts}
 
 
 def measure(build: Callable[[], Callable[[], Any]], repeats: int) -> dict[str, Any]:
@@ -101,7 +134,7 @@ def measure(build: Callable[[], Callable[[], Any]], repeats: int) -> dict[str, A
         for name, function in nothing.items():
             taken_out.enter_context(mock.patch.object(finite, name, function))
         runs["without"] = build()
-        runs["without"]()
+        runs["without"]()  # Compiles all that it will ever call.
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(repeats):
         for name in [*runs][:: -1 if turn % 2 else 1]:

@@ -54,7 +54,7 @@ def contenders(convolutions: Any, hidden: Any, shape: tuple[int, ...], batch_siz
     batch = Batch(Transition(images[0], action, jax.random.normal(keys[2], (batch_size,)), 0.99 * ones, images[1], ones > 2))
     networks = {
         "ours": ConvQNetwork(6, convolutions, hidden, lambda x: x),
-        "flax.linen.Conv": FlaxQNetwork(6, convolutions, hidden),
+        "flax.linen.Conv": FlaxQNetwork(6, convolutions, hidden, lambda x: x),
     }
     rounds: dict[str, Callable[[], Any]] = {}
     for name, network in networks.items():

@@ -1,4 +1,4 @@
-"""What more environments or seeds bring: ``python -m dqn_jax.bench.scaling [--inline | --spread] [--only GAME] [--out FILE.json]``.
+"""What more environments or seeds bring: ``python -m dqn_jax.bench.scaling [--quick] [--inline | --spread] [--out FILE.json]``.
 
 Steps per second, medians and ranges of three measurements, each with keys of its own; compilation apart:
 
@@ -6,18 +6,18 @@ Steps per second, medians and ranges of three measurements, each with keys of it
   the warm-up. Its compilation is that of ``DQN.compile``;
 * of the compiled loop with N environments that feed one agent;
 * of the compiled loop with N seeds, an agent and an environment each, through ``dqn_jax.over_seeds``; their steps are added up. A loop in
-  the style of PureJaxRL takes turns with ours there, spread by the same function, and the greedy return of both is shown; but for CartPole
-  on a CPU, where the section loops compares the two.
+  the style of PureJaxRL takes turns with ours there, spread by the same function. (Not for CartPole on a CPU: that the section loops does.)
 
-The loops learn with the settings PLAIN, on CartPole, and MINATAR, on its Breakout, of ``settings.py``. The peer's network for MinAtar is of
-``flax.linen.Conv``, as its users have it, ours of ``dqn_jax.networks.conv``. All make **one update for every 4 transitions, whatever the
-count**: with one environment an update after every fourth row, with N >= 4 environments N / 4 updates after each row of N transitions. So
-more environments save acting, not learning. One thing is changed in both settings: learning begins with the first full batch, since the
-steps of a warm-up cost next to nothing. Compiled loops are timed from the first reset on, that little warm-up included; the updates that
-were made stand beside the steps.
+On CartPole the loops learn with the setting PLAIN of ``settings.py``, on MinAtar's Breakout with PLAIN_IMAGES. There the peer has a network
+of ``flax.linen.Conv``, as one would write it (PureJaxRL's own DQN has no convolution), and once more ours, which tells what the convolution
+makes of the difference. All make **one update for every 4 transitions, whatever the count**: with one environment an update after every
+fourth row, with N >= 4 environments N / 4 updates after each row of N transitions. So more environments save acting, not learning. One
+thing is changed in both settings: learning begins with the first full batch, since the steps of a warm-up cost next to nothing. Compiled
+loops are timed from the first reset on, that little warm-up included; the updates that were made stand beside the steps, and the greedy
+return where there is a peer. After 2,048 steps on Breakout that tells nothing yet; ``seeds`` makes longer runs.
 
 Each seed of a game makes as many steps as every other, however many there are, and its replay keeps them all (``Amount``, SEED_CAPACITY).
-On an accelerator there are larger counts. MinAtar is measured where pgx is installed; what is left out is said.
+On an accelerator there are larger counts. Breakout is measured where pgx is installed; what is left out is said.
 """
 
 import contextlib
@@ -35,11 +35,12 @@ import jax
 import numpy as np
 
 from dqn_jax import footprint, spaces
-from dqn_jax.bench import compiled_loops, report, series, settings
+from dqn_jax.bench import compiled_loops, report, series
 from dqn_jax.bench.compiled_loops import Outcome
 from dqn_jax.bench.series import Contender, Done, Group
-from dqn_jax.bench.settings import Setting, options
+from dqn_jax.bench.settings import PLAIN, PLAIN_IMAGES, Setting, options
 from dqn_jax.envs import make, true_successors
+from dqn_jax.networks import ConvQNetwork
 from dqn_jax.presets.dqn import DQN, dqn
 from dqn_jax.programs import compute_inline, device_per_core
 from dqn_jax.seeds import num_in_one_memory, over_seeds
@@ -59,7 +60,7 @@ class Options:
     """Compute on the one thread that asks (``dqn_jax.compute_inline``)."""
     spread: bool = False
     """Make each core a device (``dqn_jax.device_per_core``) and measure what that is for: seeds alone."""
-    only: tuple[Literal["CartPole", "MinAtar Breakout"], ...] = ("CartPole", "MinAtar Breakout")
+    only: tuple[Literal["CartPole", "Breakout"], ...] = ("CartPole", "Breakout")
     """What is learnt; the host loop learns CartPole."""
     quick: bool = False
     """A little of everything, to see that it runs: these numbers are no result."""
@@ -73,14 +74,12 @@ class Game(NamedTuple):
     Attributes:
       env_id: for ``dqn_jax.make``.
       env_args: its parameters.
-      options: of the agent.
-      setting: the same for the peer, but for the replay's size.
+      setting: of all loops, but for the replay's size where there are seeds.
       needs: the package that it needs beyond the required ones, or "".
     """
 
     env_id: str
     env_args: dict[str, Any]
-    options: dict[str, Any]
     setting: Setting
     needs: str = ""
 
@@ -90,12 +89,12 @@ def _at_once(setting: Setting) -> Setting:
     return setting._replace(warmup=setting.batch_size)
 
 
-CARTPOLE, MINATAR = "CartPole", "MinAtar Breakout"
-PLAIN_NOW, MINATAR_NOW = _at_once(settings.PLAIN), _at_once(settings.MINATAR)
+CARTPOLE, BREAKOUT = "CartPole", "Breakout"
+PLAIN_AT_ONCE, IMAGES_AT_ONCE = _at_once(PLAIN), _at_once(PLAIN_IMAGES)
 GAMES = {
     # As shipped, the JAX version differs from CartPole-v1 in this product.
-    CARTPOLE: Game("phys2d/CartPole-v1", {"polemass_length": 0.05}, options(PLAIN_NOW), PLAIN_NOW),
-    MINATAR: Game("pgx/minatar-breakout", {}, options(MINATAR_NOW) | {"frames": "single"}, MINATAR_NOW, "pgx"),
+    CARTPOLE: Game("phys2d/CartPole-v1", {"polemass_length": 0.05}, PLAIN_AT_ONCE),
+    BREAKOUT: Game("pgx/minatar-breakout", {}, IMAGES_AT_ONCE, "pgx"),
 }
 
 
@@ -142,9 +141,9 @@ def sizes(backend: str, quick: bool = False) -> Sizes:
         return Sizes((16,), 512, {CARTPOLE: Amount((16,), 2_048, 512, True)})
     if backend == "cpu":
         counts = (1, 16, 128, 1024)
-        return Sizes(counts, 16_384, {CARTPOLE: Amount(counts, 131_072, 2_048, False), MINATAR: Amount((1, 16), 16_384, 2_048, True)})
+        return Sizes(counts, 16_384, {CARTPOLE: Amount(counts, 131_072, 2_048, False), BREAKOUT: Amount((1, 16), 16_384, 2_048, True)})
     counts = (1, 128, 1024, 4096)
-    return Sizes(counts, 8_192, {CARTPOLE: Amount(counts, 8_192, 8_192, True), MINATAR: Amount(counts, 8_192, 2_048, True)})
+    return Sizes(counts, 8_192, {CARTPOLE: Amount(counts, 8_192, 8_192, True), BREAKOUT: Amount(counts, 8_192, 2_048, True)})
 
 
 # The host loop.
@@ -167,7 +166,7 @@ def host_loop(num_envs: int, steps: int, repeats: int) -> dict[str, Any]:
     same_step = {"autoreset_mode": gymnasium.vector.AutoresetMode.SAME_STEP}
     make_envs = functools.partial(gymnasium.make_vec, vectorization_mode="sync", vector_kwargs=same_step)
     with contextlib.closing(make_envs("CartPole-v1", num_envs)) as envs:
-        agent = DQN(envs, **GAMES[CARTPOLE].options)
+        agent = DQN(envs, **options(GAMES[CARTPOLE].setting))
         cadence = agent.agent.cadence(num_envs)
         cycles = steps // (cadence.rows * num_envs)
         if cycles < 1:
@@ -242,7 +241,7 @@ def environments(name: str, num_envs: int, steps: int, repeats: int) -> dict[str
     """
     game = GAMES[name]
     env = make(game.env_id, **game.env_args)
-    agent = dqn(env, **game.options)
+    agent = dqn(env, **options(game.setting))
     keys = [jax.random.key(seed) for seed in range(repeats)]
     contender = compiled(ours(agent, env, steps, num_envs), keys, _replay_bytes(agent, env, num_envs))
     return series.in_turns(num_envs, {f"compiled loop, environments, {name}": contender}, repeats)
@@ -256,7 +255,8 @@ def seeds(name: str, count: int, steps: int, repeats: int, with_peer: bool) -> d
       count: of seeds.
       steps: transitions of each; rounded up as ``dqn_jax.train`` does. Its replay keeps them all, up to SEED_CAPACITY.
       repeats: measurements.
-      with_peer: whether a loop in the style of PureJaxRL takes turns; then the greedy return of both is told.
+      with_peer: whether a loop in the style of PureJaxRL takes turns, with flax's convolutions and with ours where there are some; then
+        the greedy return of all is told.
 
     Returns:
       A point for each, as ``series.in_turns`` gives it.
@@ -266,19 +266,23 @@ def seeds(name: str, count: int, steps: int, repeats: int, with_peer: bool) -> d
       MemoryError: if all replays together are larger than the device's memory.
     """
     game = GAMES[name]
-    if steps <= game.options["batch_size"]:
-        raise ValueError(f"{steps} steps of a seed are too few, learning begins after {game.options['batch_size']}: measure more")
+    if steps <= game.setting.batch_size:
+        raise ValueError(f"{steps} steps of a seed are too few, learning begins after {game.setting.batch_size}: measure more")
     env = make(game.env_id, **game.env_args)
-    capacity = min(SEED_CAPACITY, steps)
-    agent = dqn(env, **game.options | {"capacity": capacity})
+    setting = game.setting._replace(capacity=min(SEED_CAPACITY, steps))
+    agent = dqn(env, **options(setting))
     steps = train(agent, env, num_steps=steps, history_length=1).num_steps
     replay_bytes = count * _replay_bytes(agent, env, 1, num_in_one_memory(count))
     first = f"compiled loop, seeds, {name}"
     loops = {first: ours(agent, env, steps)}
     if with_peer:
-        loops[f"{first}, PureJaxRL style"] = compiled_loops.purejaxrl_style(env, game.setting._replace(capacity=capacity), steps)
+        peer = functools.partial(compiled_loops.purejaxrl_style, env, setting, steps)
+        network = compiled_loops.our_network(env, setting)
+        loops[f"{first}, PureJaxRL style"] = peer()
+        if isinstance(network, ConvQNetwork):
+            loops[f"{first}, PureJaxRL style, our convolutions"] = peer(network)
     keys = [jax.random.split(jax.random.key(seed), count) for seed in range(repeats)]
-    evaluate = _evaluation(env, game.setting, min(count, EVALUATED)) if with_peer else None
+    evaluate = _evaluation(env, setting, min(count, EVALUATED)) if with_peer else None
     contenders = {}
     for title, run in loops.items():
         known = replay_bytes if title == first else None  # The peer does not hand out its replay.
@@ -334,7 +338,7 @@ def compiled(
 
 def missing(chosen: Sizes) -> dict[str, str]:
     """The games that are left out, and why."""
-    why = {name: "it was not asked for, or would not be quick" for name in GAMES if name not in chosen.games}
+    why = {name: "--quick or --only leaves it out" for name in GAMES if name not in chosen.games}
     for name in chosen.games:
         needs = GAMES[name].needs
         if needs and importlib.util.find_spec(needs) is None:
@@ -345,7 +349,8 @@ def missing(chosen: Sizes) -> dict[str, str]:
 def plan(chosen: Sizes) -> list[Group]:
     """All series."""
     repeats, unit = chosen.repeats, "steps per second"
-    groups = [Group("environments", unit, (host_loop(count, chosen.host_steps, repeats) for count in chosen.counts))]
+    hosts = (host_loop(count, chosen.host_steps, repeats) for count in chosen.counts)
+    groups = [Group("environments", unit, hosts)] if chosen.counts else []
     left_out = missing(chosen)
     for name, amount in chosen.games.items():
         if name in left_out:
@@ -388,12 +393,14 @@ def measure_sizes(chosen: Sizes, keep: Callable[[dict[str, Any]], None] | None =
       ``device``; ``sizes``; ``left_out``: games and why; ``series`` as ``series.measure`` gives them.
 
     Raises:
-      ValueError: if a size does not fit a count.
+      ValueError: if a size does not fit a count, or nothing is left to measure.
       MemoryError: if replays are larger than the device's memory.
     """
-    groups = [group for group in plan(chosen) if group.axis == "seeds" or not seeds_only]
+    groups, left_out = [group for group in plan(chosen) if group.axis == "seeds" or not seeds_only], missing(chosen)
+    if not groups:
+        raise ValueError(f"nothing is left to measure: {'; '.join(f'{name}: {why}' for name, why in left_out.items())}")
     said = chosen._asdict() | {"games": {name: amount._asdict() for name, amount in chosen.games.items()}}
-    return series.measure(groups, {"device": str(jax.devices()[0]), "sizes": said, "left_out": missing(chosen)}, keep)
+    return series.measure(groups, {"device": str(jax.devices()[0]), "sizes": said, "left_out": left_out}, keep)
 
 
 def main() -> None:
@@ -406,7 +413,10 @@ def main() -> None:
     if options.spread:
         device_per_core()
     asked = functools.partial(measure, seeds_only=options.spread, only=options.only)
-    series.run(asked, options.quick, options.out, inline=options.inline, spread=options.spread)
+    try:
+        series.run(asked, options.quick, options.out, inline=options.inline, spread=options.spread)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
 
 
 if __name__ == "__main__":

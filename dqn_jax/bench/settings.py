@@ -56,9 +56,6 @@ PLAIN = Setting(
 )
 """A setting that every contender can do: one-step returns and a single network."""
 
-MINATAR = PLAIN._replace(hidden=(128,), batch_size=32, capacity=100_000, warmup=5_000, epsilon=(1.0, 0.1, 100_000), target_interval=1_000)
-"""The plain setting for MinAtar's games: the sizes of the preset "minatar", behind whose convolution the hidden layer stands."""
-
 _NAMES = {
     "hidden": "hidden",
     "batch_size": "batch_size",
@@ -75,6 +72,11 @@ _NAMES = {
 
 DECK = Setting(**{field: PRESETS["deck"][name] for field, name in _NAMES.items()})
 """The setting of the slide deck that this package starts from."""
+
+PLAIN_IMAGES = PLAIN._replace(
+    hidden=(128,), **{field: PRESETS["minatar"][name] for field, name in _NAMES.items() if name in PRESETS["minatar"]} | {"n_steps": 1}
+)
+"""The preset "minatar" as far as it is plain; its convolution stands before the hidden layer."""
 
 
 def options(setting: Setting) -> dict[str, Any]:
