@@ -2,7 +2,10 @@
 
 import logging
 import math
+import os
 import re
+import subprocess
+import sys
 
 import gymnasium
 import jax
@@ -389,3 +392,32 @@ def test_the_judge_sees_what_copies(memory_and_row, program, num_seeds, operatio
     args = stacked((memory, row), num_seeds) if num_seeds else (memory, row)
     with pytest.raises(AssertionError, match=rf" {operation}\("):
         assert_in_place(program, *args, memory=memory)
+
+
+# Threads.
+
+WAITS = """
+import resource, sys
+import gymnasium, numpy as np
+import dqn_jax
+
+dqn_jax.compute_inline()
+options = dqn_jax.PRESETS["deck"] if sys.argv[1] == "deck" else {"hidden": (64, 64), "prioritized": sys.argv[1] == "prioritized"}
+options = {**options, "batch_size": 64, "replay_start_size": 64, "update_interval": 1, "capacity": 1_000}
+agent = dqn_jax.DQN((gymnasium.spaces.Box(-1, 1, (4,)), gymnasium.spaces.Discrete(2)), **options)
+observation = np.zeros(4, np.float32)
+for step in range(600):
+    if step == 100:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw
+    agent.act_and_train(observation, 1.0)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw - before) / 500)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts how often the process waited as Linux tells it")
+@pytest.mark.parametrize("which", ["default", "prioritized", "deck"])
+def test_computing_inline_waits_for_no_other_thread(which):
+    """XLA's CPU runtime hands operations over, and waits, where more than eight are ready at the same time (``finite.learn_if``)."""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # As users compile.
+    done = subprocess.run([sys.executable, "-c", WAITS, which], capture_output=True, text=True, check=True, env=environment)
+    assert float(done.stdout) < 0.5  # Waits in a step; a hand-over is two.
