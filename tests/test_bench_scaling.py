@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from probe_envs import images
 
-from dqn_jax.bench import scaling
+from dqn_jax.bench import games, scaling
 from dqn_jax.bench.compiled_loops import Outcome
 from dqn_jax.bench.settings import options
 from dqn_jax.presets.dqn import dqn
 
-CARTPOLE, BREAKOUT = scaling.CARTPOLE, scaling.BREAKOUT
-TINY = scaling.Sizes(counts=(8,), host_steps=100, games={CARTPOLE: scaling.Amount((8,), 128, 100, True)}, repeats=2)
+CARTPOLE, BREAKOUT = games.CARTPOLE, games.BREAKOUT
+TINY = games.Sizes(counts=(8,), host_steps=100, games={CARTPOLE: games.Amount((8,), 128, 100, True)}, repeats=2)
 HOST, SEVERAL, MANY = "host loop, CartPole", "compiled loop, environments, CartPole", "compiled loop, seeds, CartPole"
 PEER = MANY + ", PureJaxRL style"
 
@@ -96,27 +96,27 @@ def test_ours_and_the_peer_make_the_same_steps_where_these_are_rounded():
 
 
 def test_accelerators_get_larger_counts_and_what_is_quick_has_little():
-    cpu, gpu, tpu, quick = (scaling.sizes(*which) for which in (("cpu",), ("gpu",), ("tpu",), ("cpu", True)))
+    cpu, gpu, tpu, quick = (games.sizes(*which) for which in (("cpu",), ("gpu",), ("tpu",), ("cpu", True)))
     assert cpu.counts == (1, 16, 128, 1024) and gpu.counts == (1, 128, 1024, 4096) and gpu == tpu
     assert cpu.repeats == gpu.repeats == quick.repeats == 3
     assert [*cpu.games] == [*gpu.games] == [CARTPOLE, BREAKOUT] and [*quick.games] == [CARTPOLE]
     assert [cpu.games[name].with_peer for name in cpu.games] == [False, True]  # For CartPole there is the section loops.
     assert all(amount.with_peer and amount.counts == gpu.counts for amount in gpu.games.values())
-    assert quick == scaling.sizes("gpu", True)
+    assert quick == games.sizes("gpu", True)
     assert max(quick.counts) < 128 and quick.games[CARTPOLE].seed_steps < cpu.games[CARTPOLE].seed_steps
 
 
 @pytest.mark.parametrize("which", [("cpu",), ("gpu",), ("cpu", True)], ids=str)
 def test_the_sizes_fit_every_count(which):
-    chosen = scaling.sizes(*which)
+    chosen = games.sizes(*which)
     observations = {
         CARTPOLE: gymnasium.spaces.Box(-1, 1, (4,), np.float32),
         BREAKOUT: gymnasium.spaces.Box(0, 1, (10, 10, 4), np.bool_),
     }
-    host = dqn((observations[CARTPOLE], gymnasium.spaces.Discrete(2)), **options(scaling.GAMES[CARTPOLE].setting))
+    host = dqn((observations[CARTPOLE], gymnasium.spaces.Discrete(2)), **options(games.GAMES[CARTPOLE].setting))
     assert all(chosen.host_steps // (host.cadence(count).rows * count) >= 1 for count in chosen.counts)
     for name, amount in chosen.games.items():
-        space, setting = observations[name], scaling.GAMES[name].setting
+        space, setting = observations[name], games.GAMES[name].setting
         agent = dqn((space, gymnasium.spaces.Discrete(2)), **options(setting))
         for count in amount.counts:
             cadence = agent.cadence(count)
@@ -126,25 +126,25 @@ def test_the_sizes_fit_every_count(which):
 
 
 def test_what_is_left_out_is_named_with_the_reason(monkeypatch):
-    assert scaling.missing(scaling.sizes("cpu", True)) == {BREAKOUT: "--quick or --only leaves it out"}
+    assert games.missing(games.sizes("cpu", True)) == {BREAKOUT: "--quick or --only leaves it out"}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert scaling.missing(scaling.sizes("gpu")) == {BREAKOUT: "it needs pgx: pip install 'dqn_jax[pgx]'"}
+    assert games.missing(games.sizes("gpu")) == {BREAKOUT: "it needs pgx: pip install 'dqn_jax[pgx]'"}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    assert scaling.missing(scaling.sizes("gpu")) == {}
+    assert games.missing(games.sizes("gpu")) == {}
 
 
-@pytest.mark.parametrize(("is_there", "games"), [(object(), [CARTPOLE, BREAKOUT]), (None, [CARTPOLE])], ids=["pgx", "no pgx"])
-def test_each_series_measures_its_own_game(monkeypatch, is_there, games):
+@pytest.mark.parametrize(("is_there", "names"), [(object(), [CARTPOLE, BREAKOUT]), (None, [CARTPOLE])], ids=["pgx", "no pgx"])
+def test_each_series_measures_its_own_game(monkeypatch, is_there, names):
     for name in ("environments", "seeds"):
         monkeypatch.setattr(scaling, name, lambda game, count, steps, repeats, with_peer=None: (game, count, steps))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: is_there)
-    chosen = scaling.sizes("gpu")
+    chosen = games.sizes("gpu")
     host, *compiled = scaling.plan(chosen)
     assert (host.axis, host.unit) == ("environments", "steps per second")
     asked = [(group.axis, list(group.points)) for group in compiled]
     assert asked == [
         (axis, [(game, count, steps) for count in chosen.games[game].counts])
-        for game in games
+        for game in names
         for axis, steps in (("environments", chosen.games[game].env_steps), ("seeds", chosen.games[game].seed_steps))
     ]
 
@@ -165,13 +165,21 @@ def test_convolutions_of_flax_are_told_apart_from_the_loop(monkeypatch):
     assert all(1 <= one["return"] <= 20 for one in points.values())
 
 
-def test_one_game_is_measured_where_it_alone_is_asked_for(monkeypatch):
-    monkeypatch.setattr(scaling, "measure_sizes", lambda chosen, keep, seeds_only: (chosen.counts, [*chosen.games]))
-    everything = scaling.sizes(jax.default_backend())
-    assert scaling.measure() == (everything.counts, [CARTPOLE, BREAKOUT])
-    assert scaling.measure(only=(CARTPOLE,)) == (everything.counts, [CARTPOLE])
-    assert scaling.measure(only=(BREAKOUT,)) == ((), [BREAKOUT])
-    assert set(scaling.Options().only) == {*scaling.GAMES}
+@pytest.mark.parametrize(
+    ("only", "counts"), [((CARTPOLE, BREAKOUT), (1, 16, 128, 1024)), ((CARTPOLE,), (1, 16, 128, 1024)), ((BREAKOUT,), ())]
+)
+def test_one_game_is_measured_where_it_alone_is_asked_for(monkeypatch, only, counts):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    chosen = games.selected(games.sizes("cpu"), only)
+    assert (chosen.counts, (*chosen.games,)) == (counts, only)
+    assert (*scaling.Options().only,) == (*games.GAMES,)
+
+
+def test_a_game_whose_package_is_missing_is_nothing_to_measure(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"nothing is left to measure: .*Breakout: it needs pgx"):
+        games.selected(games.sizes("cpu"), (BREAKOUT,))
+    assert (*games.selected(games.sizes("cpu"), (CARTPOLE, BREAKOUT)).games,) == (CARTPOLE, BREAKOUT)  # It is said that it is left out.
 
 
 def test_nothing_to_measure_is_an_error_of_one_line(monkeypatch):

@@ -56,7 +56,14 @@ def ours(env: Env, setting: Setting, steps: int) -> Callable[[chex.PRNGKey], Out
 
 
 class FlaxQNetwork(nn.Module):
-    """``dqn_jax.networks.ConvQNetwork`` as one writes it with flax, of ``flax.linen.Conv``; attributes and parameters are the same."""
+    """``dqn_jax.networks.ConvQNetwork`` as one writes it with ``flax.linen.Conv``; the parameters are the same.
+
+    Attributes:
+      num_actions: the number A of actions.
+      convolutions: (filters, kernel size, stride) of each.
+      hidden: width of each hidden layer after them.
+      image: from a batch of observations to images ``[B, H, W, C]`` of float32.
+    """
 
     num_actions: int
     convolutions: Sequence[tuple[int, int, int]]

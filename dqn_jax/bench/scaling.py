@@ -16,19 +16,19 @@ thing is changed in both settings: learning begins with the first full batch, si
 loops are timed from the first reset on, that little warm-up included; the updates that were made stand beside the steps, and the greedy
 return where there is a peer. After 2,048 steps on Breakout that tells nothing yet; ``seeds`` makes longer runs.
 
-Each seed of a game makes as many steps as every other, however many there are, and its replay keeps them all (``Amount``, SEED_CAPACITY).
-On an accelerator there are larger counts. Breakout is measured where pgx is installed; what is left out is said.
+Each seed of a game makes as many steps as every other, however many there are, and its replay keeps them all, up to SEED_CAPACITY
+(``games.py`` says how many). On an accelerator there are larger counts. Breakout is measured where pgx is installed. What is left out is
+said.
 """
 
 import contextlib
 import dataclasses
 import functools
-import importlib.util
 import itertools
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import gymnasium
 import jax
@@ -37,8 +37,9 @@ import numpy as np
 from dqn_jax import footprint, spaces
 from dqn_jax.bench import compiled_loops, report, series
 from dqn_jax.bench.compiled_loops import Outcome
+from dqn_jax.bench.games import CARTPOLE, GAMES, Sizes, missing, selected, sizes
 from dqn_jax.bench.series import Contender, Done, Group
-from dqn_jax.bench.settings import PLAIN, PLAIN_IMAGES, Setting, options
+from dqn_jax.bench.settings import Setting, options
 from dqn_jax.envs import make, true_successors
 from dqn_jax.networks import ConvQNetwork
 from dqn_jax.presets.dqn import DQN, dqn
@@ -47,7 +48,6 @@ from dqn_jax.seeds import num_in_one_memory, over_seeds
 from dqn_jax.training import train
 from dqn_jax.types import Agent, Env
 
-REPEATS = 3
 SEED_CAPACITY = 50_000  # Transitions that a seed keeps at most.
 EVALUATED, EPISODES = 128, 20  # Seeds whose greedy return is shown, at most, and episodes of each.
 
@@ -66,84 +66,6 @@ class Options:
     """A little of everything, to see that it runs: these numbers are no result."""
     out: Path | None = None
     """A JSON file for everything measured; it is written after every count."""
-
-
-class Game(NamedTuple):
-    """What the compiled loops learn.
-
-    Attributes:
-      env_id: for ``dqn_jax.make``.
-      env_args: its parameters.
-      setting: of all loops, but for the replay's size where there are seeds.
-      needs: the package that it needs beyond the required ones, or "".
-    """
-
-    env_id: str
-    env_args: dict[str, Any]
-    setting: Setting
-    needs: str = ""
-
-
-def _at_once(setting: Setting) -> Setting:
-    """The setting, but learning begins with the first full batch."""
-    return setting._replace(warmup=setting.batch_size)
-
-
-CARTPOLE, BREAKOUT = "CartPole", "Breakout"
-PLAIN_AT_ONCE, IMAGES_AT_ONCE = _at_once(PLAIN), _at_once(PLAIN_IMAGES)
-GAMES = {
-    # As shipped, the JAX version differs from CartPole-v1 in this product.
-    CARTPOLE: Game("phys2d/CartPole-v1", {"polemass_length": 0.05}, PLAIN_AT_ONCE),
-    BREAKOUT: Game("pgx/minatar-breakout", {}, IMAGES_AT_ONCE, "pgx"),
-}
-
-
-class Amount(NamedTuple):
-    """How much of a game the compiled loops are measured on.
-
-    Attributes:
-      counts: of environments, and of seeds.
-      env_steps: transitions of a loop with several environments, of all together; rounded up to whole rows.
-      seed_steps: transitions of each seed.
-      with_peer: whether a loop in the style of PureJaxRL takes turns with ours over seeds.
-    """
-
-    counts: tuple[int, ...]
-    env_steps: int
-    seed_steps: int
-    with_peer: bool
-
-
-class Sizes(NamedTuple):
-    """How much is measured.
-
-    Attributes:
-      counts: of environments of the host loop.
-      host_steps: its transitions, of all environments together; rounded down to whole updates.
-      games: by name out of GAMES, for the compiled loops.
-      repeats: measurements of each count.
-    """
-
-    counts: tuple[int, ...]
-    host_steps: int
-    games: dict[str, Amount]
-    repeats: int = REPEATS
-
-
-def sizes(backend: str, quick: bool = False) -> Sizes:
-    """How much is measured on a backend.
-
-    Args:
-      backend: as ``jax.default_backend()`` names it; whatever is not "cpu" is an accelerator.
-      quick: a little of everything.
-    """
-    if quick:
-        return Sizes((16,), 512, {CARTPOLE: Amount((16,), 2_048, 512, True)})
-    if backend == "cpu":
-        counts = (1, 16, 128, 1024)
-        return Sizes(counts, 16_384, {CARTPOLE: Amount(counts, 131_072, 2_048, False), BREAKOUT: Amount((1, 16), 16_384, 2_048, True)})
-    counts = (1, 128, 1024, 4096)
-    return Sizes(counts, 8_192, {CARTPOLE: Amount(counts, 8_192, 8_192, True), BREAKOUT: Amount(counts, 8_192, 2_048, True)})
 
 
 # The host loop.
@@ -336,16 +258,6 @@ def compiled(
 # All together.
 
 
-def missing(chosen: Sizes) -> dict[str, str]:
-    """The games that are left out, and why."""
-    why = {name: "--quick or --only leaves it out" for name in GAMES if name not in chosen.games}
-    for name in chosen.games:
-        needs = GAMES[name].needs
-        if needs and importlib.util.find_spec(needs) is None:
-            why[name] = f"it needs {needs}: pip install 'dqn_jax[{needs}]'"
-    return why
-
-
 def plan(chosen: Sizes) -> list[Group]:
     """All series."""
     repeats, unit = chosen.repeats, "steps per second"
@@ -362,25 +274,6 @@ def plan(chosen: Sizes) -> list[Group]:
     return groups
 
 
-def measure(
-    quick: bool = False, keep: Callable[[dict[str, Any]], None] | None = None, seeds_only: bool = False, only: Collection[str] = (*GAMES,)
-) -> dict[str, Any]:
-    """Everything, on the default backend.
-
-    Args:
-      quick: a little of everything.
-      keep: is given what has been measured so far, after each count.
-      seeds_only: leave out what is not counted along seeds.
-      only: names out of GAMES.
-
-    Returns:
-      As ``measure_sizes``.
-    """
-    chosen = sizes(jax.default_backend(), quick)
-    games = {name: amount for name, amount in chosen.games.items() if name in only}
-    return measure_sizes(chosen._replace(counts=chosen.counts if CARTPOLE in only else (), games=games), keep, seeds_only)
-
-
 def measure_sizes(chosen: Sizes, keep: Callable[[dict[str, Any]], None] | None = None, seeds_only: bool = False) -> dict[str, Any]:
     """Everything, at these sizes.
 
@@ -393,14 +286,12 @@ def measure_sizes(chosen: Sizes, keep: Callable[[dict[str, Any]], None] | None =
       ``device``; ``sizes``; ``left_out``: games and why; ``series`` as ``series.measure`` gives them.
 
     Raises:
-      ValueError: if a size does not fit a count, or nothing is left to measure.
+      ValueError: if a size does not fit a count.
       MemoryError: if replays are larger than the device's memory.
     """
-    groups, left_out = [group for group in plan(chosen) if group.axis == "seeds" or not seeds_only], missing(chosen)
-    if not groups:
-        raise ValueError(f"nothing is left to measure: {'; '.join(f'{name}: {why}' for name, why in left_out.items())}")
+    groups = [group for group in plan(chosen) if group.axis == "seeds" or not seeds_only]
     said = chosen._asdict() | {"games": {name: amount._asdict() for name, amount in chosen.games.items()}}
-    return series.measure(groups, {"device": str(jax.devices()[0]), "sizes": said, "left_out": left_out}, keep)
+    return series.measure(groups, {"device": str(jax.devices()[0]), "sizes": said, "left_out": missing(chosen)}, keep)
 
 
 def main() -> None:
@@ -412,11 +303,16 @@ def main() -> None:
         compute_inline()
     if options.spread:
         device_per_core()
-    asked = functools.partial(measure, seeds_only=options.spread, only=options.only)
     try:
-        series.run(asked, options.quick, options.out, inline=options.inline, spread=options.spread)
+        chosen = selected(sizes(jax.default_backend(), options.quick), options.only)
     except ValueError as error:
         raise SystemExit(str(error)) from error
+
+    def measure(quick: bool, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+        del quick  # It is in the sizes.
+        return measure_sizes(chosen, keep, seeds_only=options.spread)
+
+    series.run(measure, options.quick, options.out, inline=options.inline, spread=options.spread)
 
 
 if __name__ == "__main__":
